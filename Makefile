@@ -1,0 +1,67 @@
+# One command per purpose; `make help` lists them. Every command installs the environment first when it is
+# missing or out of date, unless PYTHON names an interpreter to use as it is.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PROFILE ?= mini
+
+ifdef PYTHON
+ENVIRONMENT :=
+else
+ENVIRONMENT := $(if $(shell command -v conda 2>/dev/null),.conda,.venv)
+PYTHON := $(CURDIR)/$(ENVIRONMENT)/bin/python
+endif
+
+# The code of this folder is what runs, whatever else is installed in the environment.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PROFILE
+export SOURCE_DATE_EPOCH := 0
+# Notebooks choose their own backend, and no kernel from outside the environment may answer for python3.
+unexport MPLBACKEND JUPYTER_PATH
+export JUPYTER_PREFER_ENV_PATH := 1
+
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(wildcard notebooks/explorer.ipynb)
+RUNS := $(NOTEBOOKS:notebooks/%.ipynb=run-%)
+FIRST_RUN := $(filter run-01_%,$(RUNS))
+
+.PHONY: help env figures test notebooks mini-clip mini-artifacts lab lint clean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-15s %s\n' "$$name" "$$text"; done
+	@echo '  Options: PROFILE=mini (default), paper or rehearsal; PYTHON=<interpreter> uses that instead of make env'
+
+env:  ## install the environment into .venv (into .conda where conda is installed)
+	@$(if $(ENVIRONMENT),tools/make_env.sh $(ENVIRONMENT),true)
+
+figures: $(RUNS)  ## recompute every figure whose code or inputs changed
+
+# run-01_train_sae and so on; tools/run_notebook.py decides by content whether there is anything to do.
+.PHONY: $(RUNS)
+$(RUNS): run-%: notebooks/%.ipynb | env
+	@"$(PYTHON)" tools/run_notebook.py $<
+$(filter-out $(FIRST_RUN),$(RUNS)): $(FIRST_RUN)
+
+test: | env  ## run the unit tests, then every notebook from top to bottom
+	"$(PYTHON)" -m pytest -q -p no:cacheprovider tests
+	$(if $(NOTEBOOKS),PATCHSAE_FIGURES=build/test-figures "$(PYTHON)" -m pytest -q --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout 1200 -p no:cacheprovider $(NOTEBOOKS))
+
+notebooks: | env  ## execute every notebook and store its outputs in notebooks/
+	@"$(PYTHON)" tools/run_notebook.py --in-place $(NOTEBOOKS)
+
+mini-clip: | env  ## train the small CLIP of data/mini/ again
+	"$(PYTHON)" -m patchsae.pretrain
+
+mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
+	"$(PYTHON)" -m patchsae.sweep
+
+lab: | env  ## open the notebooks in JupyterLab
+	"$(PYTHON)" -m jupyterlab notebooks
+
+lint: | env  ## check the code with ruff
+	"$(PYTHON)" -m ruff check src tests tools
+
+clean:  ## remove build/ (the environment and everything committed stay)
+	rm -rf build
+	@echo 'Removed build/; the environment, data/ and figures/ were left alone.'
