@@ -1,0 +1,9 @@
+"""PatchSAE: sparse autoencoders on the tokens of CLIP's vision transformer."""
+
+from patchsae.clip import load_clip
+from patchsae.config import load_profile
+from patchsae.datasets import ArrayDataset
+from patchsae.sae import SparseAutoencoder, sae_loss
+from patchsae.train import train_steps
+
+__all__ = ["ArrayDataset", "SparseAutoencoder", "load_clip", "load_profile", "sae_loss", "train_steps"]

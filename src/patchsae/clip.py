@@ -1,0 +1,157 @@
+"""CLIP, cut once.
+
+An image tower is split after one block into ``below(pixels) -> z`` and ``above(z) -> embedding``. Everything
+else in this package reads or edits ``z``; nothing uses hooks, and nothing below the cut runs twice.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from patchsae.checkpoints import tensor_hash
+from patchsae.config import ROOT
+
+
+class Clip:
+    """A CLIP whose image tower is cut at a block.
+
+    ``model``: a ``transformers.CLIPModel``; ``tokenizer`` and ``processor`` may be absent, ``below`` and
+    ``above`` work without them.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer=None, processor=None):
+        self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
+        vision = model.config.vision_config
+        self.blocks, self.width = model.vision_model.encoder.layers, vision.hidden_size
+        self.image_size, self.grid = vision.image_size, vision.image_size // vision.patch_size
+        self.n_tokens = self.grid**2 + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """exp of the learned temperature, a scalar."""
+        return self.model.logit_scale.exp()
+
+    def block(self, layer: int) -> int:
+        """The 0-based block a layer stands for; negative layers count from the end."""
+        n = len(self.blocks)
+        if not -n <= layer < n:
+            raise ValueError(f"Layer {layer} is not one of the {n} blocks of this model; choose {-n} to {n - 1}.")
+        return layer % n
+
+    def below(self, pixels: torch.Tensor, layer: int) -> torch.Tensor:
+        """Residual stream after block ``layer``: ``[B,3,H,W] -> [B,T,D]``, the class token first (sec. 3.1)."""
+        size = self.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"Pixels have the shape {list(pixels.shape)}; this model takes [B, 3, {size}, {size}].")
+        tower = self.model.vision_model
+        z = tower.pre_layrnorm(tower.embeddings(pixels.to(self.device)))
+        for block in self.blocks[:self.block(layer) + 1]:
+            z = block(z, None)
+        assert z.shape[1:] == (self.n_tokens, self.width), "a block returned something else than tokens"
+        return z
+
+    def above(self, z: torch.Tensor, layer: int) -> torch.Tensor:
+        """Finish the forward pass: ``[B,T,D] -> [B,P]``, not normalised. ``above(below(x)) == model(x)``.
+
+        Only the class token is read at the end, so the last block is computed for its query alone.
+        """
+        if z.ndim != 3 or z.shape[-1] != self.width:
+            raise ValueError(f"Tokens have the shape {list(z.shape)}; this model takes [B, T, {self.width}].")
+        remaining = self.blocks[self.block(layer) + 1:]
+        for block in remaining[:-1]:
+            z = block(z, None)
+        class_token = _class_token(remaining[-1], z) if len(remaining) else z[:, 0]
+        return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
+
+    def pixels(self, images) -> torch.Tensor:
+        """Preprocess uint8 images ``[H,W,3]`` (array, Pillow image, or a list of them) to ``[B,3,H,W]``."""
+        if self.processor is None:
+            raise ValueError("This CLIP has no image processor; load it from a folder with preprocessor_config.json.")
+        images = [Image.fromarray(np.asarray(image)) for image in images]
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
+        """Unit-length text embeddings: ``list[str] -> [N,P]``."""
+        if self.tokenizer is None:
+            raise ValueError("This CLIP has no tokenizer, so it has no text features; add tokenizer.json to its folder.")
+        return torch.cat([self._text(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+
+    def _text(self, prompts: list[str]) -> torch.Tensor:
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        features = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return F.normalize(features.pooler_output, dim=-1)
+
+    def logits(self, embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Cosine times temperature: ``[B,P], [N,P] -> [B,N]``."""
+        return self.logit_scale * F.normalize(embeddings, dim=-1) @ text.T
+
+    def fingerprint(self) -> str:
+        """Hash of all weights."""
+        return tensor_hash(self.model.state_dict())
+
+
+def _class_token(block, z: torch.Tensor) -> torch.Tensor:
+    """A transformer block for the first token only: ``[B,T,D] -> [B,D]``; keys and values of all tokens."""
+    attention = block.self_attn
+    normed = block.layer_norm1(z)
+
+    def heads(x):
+        return x.view(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
+
+    query, key, value = attention.q_proj(normed[:, :1]), attention.k_proj(normed), attention.v_proj(normed)
+    mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), scale=attention.scale)
+    first = z[:, 0] + attention.out_proj(mixed.transpose(1, 2).flatten(2))[:, 0]
+    return first + block.mlp(block.layer_norm2(first))
+
+
+def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | None = None) -> Clip:
+    """Load a CLIP from a local folder (absolute, or relative to the project's root) or from the hub.
+
+    A folder without a tokenizer or preprocessor still gives ``below`` and ``above``.
+    """
+    folder = ROOT / name_or_path
+    source = str(folder if folder.is_dir() else name_or_path)
+    try:
+        model = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"There is no CLIP at {name_or_path}: it is neither a folder with config.json and "
+                                "model.safetensors nor a model the hub can give.") from error
+    return Clip(model.to(device), _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
+                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+
+
+def _optional(kind, source: str, revision, needed: str):
+    """Load a tokenizer or processor, or None where a local folder has none."""
+    if Path(source).is_dir() and not (Path(source) / needed).is_file():
+        return None
+    return kind.from_pretrained(source, revision=revision)
+
+
+def class_prototypes(clip: Clip, class_names, templates: list[str], renormalise: bool = True) -> torch.Tensor:
+    """Mean of the unit text embeddings of every template, per class: ``[C,P]`` (sec. 4.1).
+
+    ``renormalise=False`` keeps the published code's mean as it is; shorter means then weigh less, which can
+    change the predicted class.
+    """
+    prompts = [template.format(name) for name in class_names for template in templates]
+    mean = clip.text_features(prompts).view(len(class_names), len(templates), -1).mean(1)
+    return F.normalize(mean, dim=-1) if renormalise else mean
+
+
+def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, groups: torch.Tensor, scale) -> torch.Tensor:
+    """CLIP's symmetric loss of ``[B,P]`` unit images and texts; pairs of the same group are positives as well."""
+    target = (groups[:, None] == groups[None]).float()
+    target = target / target.sum(1, keepdim=True)
+    logits = scale * images @ texts.T
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,147 @@
+"""Profiles, paths and seeds. A profile is data: one TOML file, one frozen dataclass, no code of its own."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+#: The folder that holds ``notebooks/``, ``data/`` and ``figures/``.
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = Path(__file__).with_name("profiles")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which CLIP, where it is cut (``layer``, sec. 3.1) and which prompt ensemble classifies (sec. 4.1)."""
+
+    name: str
+    layer: int
+    templates: str
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where images come from and how many are used; ``batch_images`` is for passes that do not train."""
+
+    source: str
+    task: str
+    transfer: tuple[str, ...]
+    train_images: int
+    test_images: int
+    batch_images: int
+
+
+@dataclass(frozen=True)
+class SaeSettings:
+    """Everything that decides a trained autoencoder (sec. 3.1, A.1).
+
+    ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps`` and
+    ``save_every``: training steps. ``b_dec``: its start, "geometric_median", "geometric_median_by_position"
+    (the published variant), "mean" or "zeros". ``tokens``: "all" or "cls".
+    """
+
+    expansion: float
+    l1: float
+    learning_rate: float
+    warmup: int
+    dead_after: int
+    ghost: bool
+    b_dec: str
+    tokens: str
+    batch_images: int
+    steps: int
+    save_every: int
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """``tau``: a latent is active on a token above it (eq. 4). ``n_reference``: reference images per latent."""
+
+    tau: float
+    n_reference: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way to run the notebooks. ``threads`` is the number of CPU threads, part of what fixes the bytes."""
+
+    name: str
+    seed: int
+    threads: int
+    model: ModelSettings
+    data: DataSettings
+    sae: SaeSettings
+    latents: LatentSettings
+
+    @property
+    def data_dir(self) -> Path:
+        """Committed inputs of the profile."""
+        return ROOT / "data" / self.name
+
+    @property
+    def run_dir(self) -> Path:
+        """What the notebooks of this profile compute; ignored by git."""
+        return self.data_dir / "run"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where figures go; ``PATCHSAE_FIGURES`` moves it, so that tests leave the committed ones alone."""
+        return Path(os.environ.get("PATCHSAE_FIGURES", ROOT / "figures")) / self.name
+
+    def with_sae(self, **changes) -> "Profile":
+        """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``."""
+        return dataclasses.replace(self, sae=dataclasses.replace(self.sae, **changes))
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash of the named sections: what a computed artefact is keyed by."""
+        chosen = {s: getattr(self, s) for s in ("name", "seed", *sections)}
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in chosen.items()}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fill(cls, table: dict, where: str):
+    """Build a settings dataclass from a table; unknown and missing keys are named."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} must be a table of settings, not {table!r}.")
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(table) - names):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}.")
+    if missing := sorted(names - set(table)):
+        raise ValueError(f"{where} lacks the key {missing[0]!r}; add it as in src/patchsae/profiles/mini.toml.")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+
+
+def load_profile(name: str | None = None) -> Profile:
+    """Read ``profiles/<name>.toml``; by default the one named by the environment variable ``PROFILE``, or mini."""
+    name = name or os.environ.get("PROFILE", "mini")
+    path = PROFILES / f"{name}.toml"
+    known = sorted(p.stem for p in PROFILES.glob("*.toml"))
+    if name not in known:
+        raise ValueError(f"There is no profile {name!r} in {PROFILES.name}/; choose one of {', '.join(known)}.")
+    table = tomllib.loads(path.read_text()) | {"name": name}
+    sections = {"model": ModelSettings, "data": DataSettings, "sae": SaeSettings, "latents": LatentSettings}
+    filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
+    profile = _fill(Profile, table | filled, path.name)
+    if profile.sae.tokens not in ("all", "cls"):
+        raise ValueError(f"[sae] in {path.name}: tokens is {profile.sae.tokens!r}; it can be \"all\" or \"cls\".")
+    return profile
+
+
+def start(name: str | None = None) -> Profile:
+    """Load a profile and fix threads and seeds: the first call of every notebook."""
+    profile = load_profile(name)
+    torch.set_num_threads(profile.threads)
+    torch.manual_seed(profile.seed)
+    np.random.seed(profile.seed)
+    return profile
+
+
+def device() -> str:
+    """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,129 @@
+"""One small interface for every source of images: ``len(ds)``, ``ds[i] -> Item``, ``ds.class_names``."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from patchsae.config import Profile
+from patchsae.scenes import WORLD, Scene, class_names, draw_scene
+
+TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+#: Scenes of different splits never share a seed. Seed 2 drew the pre-training of the mini CLIP.
+SPLIT_SEEDS = {"train": 0, "test": 1}
+
+
+class Item(NamedTuple):
+    """One image: uint8 ``[H, W, 3]`` or preprocessed float ``[3, H, W]``, its label and its content id."""
+
+    image: np.ndarray | torch.Tensor
+    label: int
+    id: str
+
+
+def content_id(image: np.ndarray | torch.Tensor) -> str:
+    """Hash of an image's shape and bytes: 16 hexadecimal digits."""
+    array = np.ascontiguousarray(image)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
+
+
+class ArrayDataset:
+    """Images in memory.
+
+    ``pixels``: float ``[N,3,H,W]``, already preprocessed, or uint8 ``[N,H,W,3]`` images; ``labels``: ``[N]``
+    integers; ``ids``: ``[N]``, by default a hash of each image; ``class_names``: by default the label numbers.
+    """
+
+    def __init__(self, pixels, labels, ids=None, class_names=None):
+        self.pixels, self.labels = pixels, np.asarray(labels, dtype=np.int64)
+        if len(pixels) != len(self.labels) or (ids is not None and len(ids) != len(self.labels)):
+            raise ValueError(f"There are {len(pixels)} images but {len(self.labels)} labels"
+                             f"{'' if ids is None else f' and {len(ids)} ids'}; give one of each per image.")
+        self._ids = None if ids is None else list(ids)
+        count = int(self.labels.max()) + 1 if len(self.labels) else 0
+        self.class_names = tuple(class_names or map(str, range(count)))
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            raise ValueError(f"Labels must lie in [0, {len(self.class_names)}), one per class name; "
+                             f"found {self.labels.min()} to {self.labels.max()}.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Item:
+        image = self.pixels[i]
+        return Item(image, int(self.labels[i]), content_id(image) if self._ids is None else self._ids[i])
+
+
+class SceneDataset:
+    """The first ``n`` scenes of a pictogram task and split, drawn when asked for."""
+
+    def __init__(self, task: str, split: str, n: int):
+        if split not in SPLIT_SEEDS:
+            raise ValueError(f"Scenes have the splits {' and '.join(SPLIT_SEEDS)}, not {split!r}.")
+        self.task, self.split, self.n = task, split, n
+        self.class_names = class_names(task)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def scene(self, i: int) -> Scene:
+        """The scene with its plan, caption and ground-truth maps."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"Scene {i} is outside the {self.n} scenes of {self.task}/{self.split}.")
+        return draw_scene(self.task, SPLIT_SEEDS[self.split], i)
+
+    def __getitem__(self, i: int) -> Item:
+        scene = self.scene(i)
+        return Item(scene.image, scene.label, content_id(scene.image))
+
+
+class FolderDataset:
+    """Images in one folder per class: ``<root>/<class name>/<image>``, at most ``n`` of them, classes in turn."""
+
+    def __init__(self, root: Path, n: int | None = None):
+        self.root = Path(root)
+        folders = sorted(p for p in self.root.iterdir() if p.is_dir()) if self.root.is_dir() else []
+        self.class_names = tuple(p.name.replace("_", " ") for p in folders)
+        by_class = [sorted(f for f in p.iterdir() if f.suffix.lower() in IMAGE_ENDINGS) for p in folders]
+        in_turn = sorted((rank, label, f) for label, files in enumerate(by_class) for rank, f in enumerate(files))
+        self.files = [(f, label) for _, label, f in in_turn][:n]
+        if not self.files:
+            raise FileNotFoundError(f"There are no images in {self.root}; put them in one folder per class there.")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Item:
+        path, label = self.files[i]
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Cannot read the image {path} ({error}); replace or remove it.") from error
+        return Item(pixels, label, content_id(pixels))
+
+
+@functools.lru_cache(maxsize=4)
+def open_dataset(profile: Profile, task: str, split: str):
+    """The images of a task: drawn scenes, or ``data/<profile>/images/<task>/<split>/`` as the profile says."""
+    n = profile.data.train_images if split == "train" else profile.data.test_images
+    if profile.data.source == "scenes":
+        return SceneDataset(task, split, n)
+    if profile.data.source == "folders":
+        return FolderDataset(profile.data_dir / "images" / task / split, n)
+    raise ValueError(f"[data] source is {profile.data.source!r}; it can be \"scenes\" or \"folders\".")
+
+
+def templates(profile: Profile, task: str) -> list[str]:
+    """The prompt templates of a task: the profile's ensemble, or the task's own single template."""
+    choice = profile.model.templates
+    if choice in ("imagenet_ensemble_7", "imagenet_ensemble_80"):
+        return TEMPLATES[choice]
+    own = TEMPLATES["dataset_templates"] | {name: t["template"] for name, t in WORLD["tasks"].items()}
+    return [own.get(task, TEMPLATES["maple"])]

@@ -1,0 +1,207 @@
+"""The sparse autoencoder, its loss and its metrics (sec. 3.1, eq. 1-2)."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
+
+
+class SparseAutoencoder(nn.Module):
+    """A sparse autoencoder of residual-stream tokens (eq. 1).
+
+        h     = relu((z - b_dec) W_enc + b_enc)
+        z_hat = h W_dec + b_dec
+
+    ``W_enc [D,S]``, ``b_enc [S]``, ``W_dec [S,D]`` with rows of unit length, ``b_dec [D]``.
+    """
+
+    def __init__(self, d_model: int, n_latents: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.d_model, self.n_latents = d_model, n_latents
+        self.W_enc = nn.Parameter(_kaiming(d_model, n_latents, generator))
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.W_dec = nn.Parameter(_kaiming(n_latents, d_model, generator))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.normalise_decoder()
+
+    def pre_activations(self, z: torch.Tensor) -> torch.Tensor:
+        """What the relu is applied to: ``[...,D] -> [...,S]``."""
+        if z.shape[-1] != self.d_model:
+            raise ValueError(f"Tokens have width {z.shape[-1]}, but this autoencoder was made for {self.d_model}; "
+                             "use one trained on this model.")
+        return (z - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Tokens to latents: ``[...,D] -> [...,S]``."""
+        return torch.relu(self.pre_activations(z))
+
+    def decode(self, h: torch.Tensor) -> torch.Tensor:
+        """Latents to tokens: ``[...,S] -> [...,D]``."""
+        return h @ self.W_dec + self.b_dec
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Reconstruct tokens: ``[...,D] -> [...,D]``."""
+        return self.decode(self.encode(z))
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Give every row of W_dec unit length."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Remove from W_dec's gradient its component along each row, which could only change the row's length."""
+        along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+        self.W_dec.grad -= along * self.W_dec
+
+    def fingerprint(self) -> str:
+        """Hash of all weights; statistics carry it."""
+        return tensor_hash(self.state_dict())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``sae.safetensors`` and ``config.json`` to a folder."""
+        save_tensors(Path(folder) / "sae.safetensors", self.state_dict())
+        save_json(Path(folder) / "config.json", {"d_model": self.d_model, "n_latents": self.n_latents})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SparseAutoencoder":
+        """Read a folder written by ``save_pretrained``, or a repository of the hub that holds these two files."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            folder = _from_hub(str(folder))
+        config, tensors = load_json(folder / "config.json"), load_tensors(folder / "sae.safetensors", device)
+        sae = cls(config["d_model"], config["n_latents"]).to(device)
+        wanted = {name: tuple(p.shape) for name, p in sae.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        if wanted != found:
+            raise ValueError(f"{folder} holds {found}, but its config.json says {wanted}; fetch or train it again.")
+        if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
+            raise ValueError(f"{folder} has values that are not finite in {bad[0]}; fetch or train it again.")
+        sae.load_state_dict(tensors)
+        return sae
+
+
+def _kaiming(rows: int, columns: int, generator) -> torch.Tensor:
+    """Kaiming-uniform ``[rows, columns]``, with the fan-in of PyTorch's convention, as published."""
+    return nn.init.kaiming_uniform_(torch.empty(rows, columns), generator=generator)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "sae.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"There is no autoencoder at {name}: no such folder, and the hub does not give it; "
+                                "train one in notebook 01.") from error
+
+
+class Losses(NamedTuple):
+    """Scalars ``mse``, ``l1`` (weighted), ``ghost``, ``total``; ``z_hat [...,D]`` and ``h [...,S]``."""
+
+    mse: torch.Tensor
+    l1: torch.Tensor
+    ghost: torch.Tensor
+    total: torch.Tensor
+    z_hat: torch.Tensor
+    h: torch.Tensor
+
+
+def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None) -> Losses:
+    """The training loss (eq. 2), as it is coded by the authors.
+
+        mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
+        l1    = lambda * mean over tokens of ||h||_1
+        total = mse + l1 + ghost
+
+    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term.
+    """
+    pre = sae.pre_activations(z)
+    h = torch.relu(pre)
+    z_hat = sae.decode(h)
+    m = (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
+    mse, sparsity = m.mean(), l1 * h.sum(-1).mean()
+    ghost = mse.new_zeros(()) if dead is None or not dead.any() else ghost_loss(sae, z, pre, z_hat, m, dead)
+    return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
+
+
+def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> torch.Tensor:
+    """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
+
+        r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
+        q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
+
+    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token.
+    """
+    r = (z - z_hat).detach()
+    size = r.norm(dim=-1, keepdim=True)
+    g = torch.exp(pre[..., dead]) @ sae.W_dec[dead]
+    g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
+    # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
+    q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return (q * (m / (q + 1e-6)).detach()).mean()
+
+
+@torch.no_grad()
+def geometric_median(points: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
+    """The point with the least sum of distances, by Weiszfeld's iteration: ``[...,N,D] -> [...,D]``."""
+    points = points.double()
+    median = points.mean(-2)
+    for _ in range(iterations):
+        distance = (points - median.unsqueeze(-2)).norm(dim=-1).clamp_min(1e-12)
+        weights = 1 / distance
+        moved = (weights.unsqueeze(-1) * points).sum(-2) / weights.sum(-1, keepdim=True)
+        done = (moved - median).norm(dim=-1).max() <= tolerance * median.norm(dim=-1).max()
+        median = moved
+        if done:
+            break
+    return median.float()
+
+
+def initial_b_dec(z: torch.Tensor, how: str) -> torch.Tensor:
+    """Starting value of b_dec from tokens ``[B,T,D]``: ``[D]`` (A.1).
+
+    "geometric_median" of all tokens; "geometric_median_by_position" is the published variant (one median per
+    token position, then their mean); "mean"; "zeros".
+    """
+    if how == "geometric_median":
+        return geometric_median(z.flatten(0, 1))
+    if how == "geometric_median_by_position":
+        return geometric_median(z.transpose(0, 1)).mean(0)
+    if how == "mean":
+        return z.flatten(0, 1).mean(0)
+    if how == "zeros":
+        return torch.zeros(z.shape[-1], device=z.device)
+    raise ValueError(f"b_dec cannot start from {how!r}; choose geometric_median, geometric_median_by_position, mean or zeros.")
+
+
+class Variance:
+    """Streaming explained variance, 1 - sum ||z - z_hat||^2 / sum ||z - mean||^2, in float64.
+
+    It is centred on the mean of ``z``: a constant prediction scores at most 0 and a perfect one 1. (The
+    published training log is not centred; there a constant predictor scores 0.8.)
+    """
+
+    def __init__(self):
+        self.n, self.error, self.total, self.square = 0, 0.0, 0.0, 0.0
+
+    def add(self, z: torch.Tensor, z_hat: torch.Tensor) -> None:
+        """Count tokens ``[...,D]`` and their reconstructions."""
+        z, z_hat = z.reshape(-1, z.shape[-1]).double(), z_hat.reshape(-1, z.shape[-1]).double()
+        if self.n == 0:
+            self.shift = z.mean(0)  # sums around a point near the mean lose no digits
+        self.n += len(z)
+        self.error += (z - z_hat).square().sum().item()
+        self.total = self.total + (z - self.shift).sum(0)
+        self.square += (z - self.shift).square().sum().item()
+
+    def explained(self) -> float:
+        """Explained variance of everything counted so far."""
+        if self.n == 0:
+            return float("nan")
+        centred = self.square - (self.total.square().sum() / self.n).item()
+        return 1 - self.error / centred if centred > 0 else float("nan")

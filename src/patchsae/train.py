@@ -1,0 +1,163 @@
+"""The training loop (sec. 3.1, A.1): exact steps, a log, checkpoints, and resuming to the same bytes."""
+
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from patchsae.activations import training_tokens
+from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, write_atomically
+from patchsae.clip import Clip
+from patchsae.config import Profile
+from patchsae.sae import Losses, SparseAutoencoder, initial_b_dec, sae_loss
+
+LOG_COLUMNS = ["step", "mse", "l1", "ghost", "total", "l0", "dead", "ev"]
+
+
+class Training:
+    """An autoencoder with its optimiser and its dead-latent counters: what a step reads and changes.
+
+    ``quiet [S]``: for each latent, how many steps in a row it has fired on no token.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, lr: float = 4e-4, l1: float = 8e-5, warmup: int = 500,
+                 dead_after: int = 64, ghost: bool = True):
+        self.sae, self.lr, self.l1, self.warmup = sae, lr, l1, warmup
+        self.dead_after, self.ghost, self.steps_done = dead_after, ghost, 0
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+        self.quiet = torch.zeros(sae.n_latents, dtype=torch.long, device=sae.W_enc.device)
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """Latents that have not fired for more than ``dead_after`` steps: bool ``[S]``."""
+        return self.quiet > self.dead_after
+
+    def step(self, z: torch.Tensor) -> Losses:
+        """One step on tokens ``[...,D]``."""
+        self.sae.normalise_decoder()
+        losses = sae_loss(self.sae, z, self.l1, self.dead if self.ghost else None)
+        if not losses.total.isfinite():
+            raise ValueError(f"The loss of step {self.steps_done} is {losses.total.item()}: the tokens hold NaN or "
+                             "infinity, or the learning rate is too high; check the images and the profile.")
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        self.sae.remove_parallel_gradient()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / self.warmup)
+        self.optimizer.step()
+        fired = (losses.h.detach() > 0).flatten(0, -2).any(0)
+        self.quiet = torch.where(fired, 0, self.quiet + 1)
+        self.steps_done += 1
+        return losses
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a later step depends on, by name."""
+        state = {f"sae.{name}": p for name, p in self.sae.state_dict().items()} | {"quiet": self.quiet}
+        names = [name for name, _ in self.sae.named_parameters()]
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{names[i]}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: one file of tensors, so that it is there whole or not at all."""
+        tensors = self.tensors() | {"steps_done": torch.tensor(self.steps_done)}
+        save_tensors(Path(folder) / "checkpoint.safetensors", tensors)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        tensors = load_tensors(Path(folder) / "checkpoint.safetensors", str(self.quiet.device))
+        self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+        self.quiet, self.steps_done = tensors["quiet"], int(tensors["steps_done"])
+        state = self.optimizer.state_dict()
+        for i, (name, _) in enumerate(self.sae.named_parameters()):
+            prefix = f"adam.{name}."
+            state["state"][i] = {k[len(prefix):]: v.cpu() if k.endswith(".step") else v
+                                 for k, v in tensors.items() if k.startswith(prefix)}
+        self.optimizer.load_state_dict(state)
+
+
+def train_steps(sae: SparseAutoencoder, batches, lr: float = 4e-4, l1: float = 8e-5, warmup: int = 500,
+                dead_after: int = 64, ghost: bool = True) -> torch.Tensor:
+    """Train in place on an iterable of tokens ``[...,D]``; returns ``[steps,4]`` = mse, l1, ghost, total."""
+    training = Training(sae, lr, l1, warmup, dead_after, ghost)
+    history = [torch.stack(training.step(z)[:4]).detach() for z in batches]
+    if not history:
+        raise ValueError("There are no batches to train on; give at least one.")
+    return torch.stack(history)
+
+
+def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
+    """An untrained autoencoder of the profile's width, b_dec set from the first eight batches."""
+    generator = torch.Generator().manual_seed(profile.seed)
+    sae = SparseAutoencoder(clip.width, round(profile.sae.expansion * clip.width), generator)
+    first = torch.cat([_tokens(profile, clip, ds, step) for step in range(8)])
+    sae.b_dec.data = initial_b_dec(first, profile.sae.b_dec)
+    return sae.to(clip.device)
+
+
+def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
+    """Train the profile's autoencoder on a data set, or continue where ``folder`` says it stopped.
+
+    Writes ``checkpoint.safetensors`` every ``save_every`` steps and at an interruption, ``log.csv`` beside it,
+    and at the end the autoencoder itself. Returns it and the log.
+    """
+    folder, key = Path(folder), profile.fingerprint("model", "data", "sae")
+    training = _start_or_resume(profile, clip, ds, folder, key)
+    log = _read_log(folder, training.steps_done)
+    bar = tqdm(total=profile.sae.steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1)
+    try:
+        while training.steps_done < profile.sae.steps:
+            z = _tokens(profile, clip, ds, training.steps_done)
+            log.append(_log_row(training, z, training.step(z)))
+            bar.update()
+            bar.set_postfix_str(f"mse {log[-1][1]:.2e}, L0 {log[-1][5]:.1f}, dead {log[-1][6]:.0%}, EV {log[-1][7]:.2f}")
+            if training.steps_done % profile.sae.save_every == 0:
+                _save(training, log, folder, key)
+    finally:
+        bar.close()
+        _save(training, log, folder, key)
+    training.sae.save_pretrained(folder)
+    return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
+
+
+def _tokens(profile: Profile, clip: Clip, ds, step: int) -> torch.Tensor:
+    settings = profile.sae
+    return training_tokens(clip, ds, profile.model.layer, step, settings.batch_images, profile.seed, settings.tokens)
+
+
+def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str) -> Training:
+    s, saved = profile.sae, folder / "training.json"
+    if not saved.is_file():
+        return Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
+    if load_json(saved)["key"] != key:
+        raise ValueError(f"{folder} holds a training with other settings; choose another folder or remove it.")
+    sae = SparseAutoencoder(clip.width, round(s.expansion * clip.width)).to(clip.device)
+    training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
+    training.resume(folder)
+    return training
+
+
+def _log_row(training: Training, z: torch.Tensor, losses: Losses) -> tuple:
+    """Losses and what the latents did, after a step on ``z``."""
+    with torch.no_grad():
+        tokens, error = z.flatten(0, -2), (losses.z_hat - z).flatten(0, -2)
+        explained = 1 - error.square().sum() / (tokens - tokens.mean(0)).square().sum()
+        l0, dead = (losses.h > 0).sum(-1).float().mean(), training.dead.float().mean()
+        return (training.steps_done, *(round(v.item(), 7) for v in (*losses[:4], l0, dead, explained)))
+
+
+def _save(training: Training, log: list, folder: Path, key: str) -> None:
+    # The log and the key come first: a log that is ahead of its checkpoint is cut, one behind it would have a hole.
+    table = pd.DataFrame(log, columns=LOG_COLUMNS)
+    write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
+    training.save(folder)
+    save_json(folder / "training.json", {"key": key, "saved": time.strftime("%Y-%m-%d")})
+
+
+def _read_log(folder: Path, steps_done: int) -> list:
+    if steps_done == 0:
+        return []
+    table = pd.read_csv(folder / "log.csv")
+    return [tuple(row) for row in table[table["step"] <= steps_done].itertuples(index=False)]
