@@ -3,7 +3,8 @@
 from patchsae.clip import load_clip
 from patchsae.config import load_profile
 from patchsae.datasets import ArrayDataset
+from patchsae.latents import collect_latents
 from patchsae.sae import SparseAutoencoder, sae_loss
 from patchsae.train import train_steps
 
-__all__ = ["ArrayDataset", "SparseAutoencoder", "load_clip", "load_profile", "sae_loss", "train_steps"]
+__all__ = ["ArrayDataset", "SparseAutoencoder", "collect_latents", "load_clip", "load_profile", "sae_loss", "train_steps"]

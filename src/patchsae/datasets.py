@@ -33,6 +33,10 @@ def content_id(image: np.ndarray | torch.Tensor) -> str:
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
 
 
+def _hash(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 class ArrayDataset:
     """Images in memory.
 
@@ -59,6 +63,11 @@ class ArrayDataset:
         image = self.pixels[i]
         return Item(image, int(self.labels[i]), content_id(image) if self._ids is None else self._ids[i])
 
+    def fingerprint(self) -> str:
+        """Hash of what the data set holds."""
+        ids = [content_id(image) for image in self.pixels] if self._ids is None else self._ids
+        return _hash([*map(str, ids), *map(int, self.labels), *self.class_names])
+
 
 class SceneDataset:
     """The first ``n`` scenes of a pictogram task and split, drawn when asked for."""
@@ -81,6 +90,11 @@ class SceneDataset:
     def __getitem__(self, i: int) -> Item:
         scene = self.scene(i)
         return Item(scene.image, scene.label, content_id(scene.image))
+
+    def fingerprint(self) -> str:
+        """Hash of what the data set holds: scenes follow from their names and the drawing code."""
+        drawing = [Path(__file__).with_name(name).read_text() for name in ("scenes.py", "scenes.toml")]
+        return _hash([self.task, self.split, self.n, *drawing])
 
 
 class FolderDataset:
@@ -107,6 +121,10 @@ class FolderDataset:
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"Cannot read the image {path} ({error}); replace or remove it.") from error
         return Item(pixels, label, content_id(pixels))
+
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes of the files."""
+        return _hash([[str(f.relative_to(self.root)), f.stat().st_size] for f, _ in self.files])
 
 
 @functools.lru_cache(maxsize=4)
