@@ -44,8 +44,8 @@ $(filter-out $(FIRST_RUN),$(RUNS)): $(FIRST_RUN)
 
 test: | env  ## run the unit tests, then every notebook from top to bottom
 	"$(PYTHON)" -m pytest -q -p no:cacheprovider tests
-	$(if $(NOTEBOOKS),PATCHSAE_FIGURES=build/test-figures "$(PYTHON)" -m pytest -q --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout 1200 -p no:cacheprovider $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),PATCHSAE_FIGURES="$(CURDIR)/build/test-figures" IPYTHONDIR="$(CURDIR)/build/ipython" \
+		"$(PYTHON)" -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 -p no:cacheprovider $(NOTEBOOKS))
 
 notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 	@"$(PYTHON)" tools/run_notebook.py --in-place $(NOTEBOOKS)
