@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,16 @@ def test_lock_is_complete():
         needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
         missing = [r.name for r in needed if canonicalize_name(r.name) not in locked]
         assert not [m for m in missing if not m.startswith(CUDA_ONLY)], f"{name} needs {missing}"
+
+
+def test_lock_serves_every_python_that_pyproject_allows():
+    """Some packages ask for a late bug-fix release of Python 3.11, which not every system has."""
+    for name in sorted(locked_versions()):
+        try:
+            allowed = importlib.metadata.metadata(name)["Requires-Python"] or ""
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        assert SpecifierSet(allowed).contains("3.11.0"), f"{name} needs Python {allowed}; lock an older one"
 
 
 # Makefile
