@@ -1,0 +1,492 @@
+"""Training steps against a plain loop with its own Adam, and runs that are interrupted against one that is not."""
+
+import hashlib
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SIDE, one_sentence, random_clip_model, random_sae
+from test_sae import NAMES, twin_loss
+
+import patchsae.train
+from patchsae import ArrayDataset, SparseAutoencoder, train_steps
+from patchsae.activations import epoch_rows, token_batches, training_rows, training_tokens
+from patchsae.clip import Clip
+from patchsae.train import LOG_COLUMNS, Training, new_sae, train_sae
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def twin_training(start, batches, lr, l1, warmup, dead_after, ghost=True):
+    """Plain steps on a dict of parameters: history, final parameters, latents dead at each step."""
+    p = {name: value.clone() for name, value in start.items()}
+    first = {name: torch.zeros_like(value) for name, value in p.items()}
+    second = {name: torch.zeros_like(value) for name, value in p.items()}
+    fired_at = {j: -1 for j in range(len(p["b_enc"]))}  # last step at which a latent fired, -1 for never
+    history, dead_at = [], []
+    for step, z in enumerate(batches):
+        z = z.reshape(-1, z.shape[-1])
+        for j in range(len(p["W_dec"])):
+            p["W_dec"][j] = p["W_dec"][j] / (p["W_dec"][j] ** 2).sum().sqrt()
+        dead = torch.tensor([step - 1 - fired_at[j] > dead_after for j in fired_at])
+        leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
+        wanted = dead if ghost else None
+        total = twin_loss(leaves, z, l1, wanted)
+        total.backward()
+        with torch.no_grad():
+            zero = twin_loss(leaves, z, 0.0, None)
+            plain = twin_loss(leaves, z, l1, None)
+            history.append([zero, plain - zero, total.detach() - plain, total.detach()])
+        gradient = {name: leaf.grad for name, leaf in leaves.items()}
+        for j in range(len(p["W_dec"])):
+            gradient["W_dec"][j] -= (gradient["W_dec"][j] @ p["W_dec"][j]) * p["W_dec"][j]
+        rate = lr if step + 1 >= warmup else lr * (step + 1) / warmup
+        before = dict(p)
+        for name in p:
+            first[name] = 0.9 * first[name] + 0.1 * gradient[name]
+            second[name] = 0.999 * second[name] + 0.001 * gradient[name] ** 2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            p[name] = p[name] - rate * mean / (square.sqrt() + 1e-8)
+        dead_at.append(dead)
+        for token in z:
+            pre = (token - before["b_dec"]) @ before["W_enc"] + before["b_enc"]
+            for j in fired_at:
+                if pre[j] > 0:
+                    fired_at[j] = step
+    return torch.tensor(history), p, torch.stack(dead_at)
+
+
+def sleepy_sae(dtype, seed=0):
+    """16 latents: four asleep for good, four that fire now and then, eight awake."""
+    sae = random_sae(6, 16, seed, dtype=dtype)
+    with torch.no_grad():
+        sae.b_enc[:4], sae.b_enc[4:8] = -6, -2.0
+    return sae
+
+
+def tokens(steps, dtype, seed=1, images=3):
+    return list(torch.randn(steps, images, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 1.5)
+
+
+@pytest.mark.parametrize("ghost", [True, False])
+def test_forty_steps_equal_the_plain_loop(dtype, ghost):
+    sae, batches = sleepy_sae(dtype), tokens(40, dtype)
+    start = {name: getattr(sae, name).detach().clone() for name in NAMES}
+    settings = {"lr": 0.002, "l1": 0.02, "warmup": 10, "dead_after": 3, "ghost": ghost}
+    expected, final, dead = twin_training(start, batches, **settings)
+    woke = (dead[:-1] & ~dead[1:]).any(0)
+    assert dead[4:].any(1).all() and woke.any() and dead[-1].any(), "the comparison must have ghosts that come and go"
+    history = train_steps(sae, batches, **settings)
+    assert history.shape == (40, 4) and not history.requires_grad
+    exact = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}[dtype]
+    torch.testing.assert_close(history, expected.to(dtype), **exact)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(sae, name).detach(), final[name], **exact)
+
+
+def test_a_latent_is_dead_after_more_than_dead_after_silent_steps():
+    for dead_after in (0, 1, 3):
+        history = train_steps(sleepy_sae(torch.float32), tokens(8, torch.float32), lr=1e-6, dead_after=dead_after)
+        assert not history[:dead_after + 1, 2].any() and bool((history[dead_after + 1:, 2] > 0).all())
+
+
+def test_one_token_is_enough_to_count_as_fired():
+    sae = random_sae(6, 16)
+    with torch.no_grad():
+        sae.b_enc[:] = -1000.0
+        sae.b_enc[5] = 0.0
+        sae.W_enc[:, 5] = torch.tensor([1000.0, 0, 0, 0, 0, 0])
+        sae.b_dec[:] = 0
+    z = -torch.rand(4, 7, 6) - 0.1
+    z[2, 3, 0] = 0.5  # the only token on which latent 5 fires
+    training = Training(sae, lr=1e-9, dead_after=2, warmup=1)
+    for step in range(5):
+        training.step(z)
+        assert training.dead.tolist() == [step + 1 > 2 and j != 5 for j in range(16)]
+
+
+def test_warm_up():
+    """Adam's first step is lr * sign(gradient), so its size shows the rate of each step of a fresh optimiser."""
+    z = tokens(1, torch.float64)[0]
+    for warmup, rate in ((1, 1.0), (2, 0.5), (4, 0.25), (500, 1 / 500)):
+        sae = sleepy_sae(torch.float64)
+        before = sae.b_dec.detach().clone()
+        train_steps(sae, [z], lr=0.01, l1=0.02, warmup=warmup)
+        torch.testing.assert_close((sae.b_dec.detach() - before).abs(), torch.full_like(before, 0.01 * rate), rtol=1e-5,
+                                   atol=0)
+
+
+def test_no_warm_up():
+    sae, other, batches = sleepy_sae(torch.float32), sleepy_sae(torch.float32), tokens(3, torch.float32)
+    assert torch.equal(train_steps(sae, batches, warmup=0), train_steps(other, batches, warmup=1))
+
+
+def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_update(monkeypatch):
+    sae, seen = sleepy_sae(torch.float64), []
+    loss, step = patchsae.train.sae_loss, torch.optim.Adam.step
+
+    def checked_loss(sae, *args, **kwargs):
+        torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(16, dtype=torch.float64))
+        return loss(sae, *args, **kwargs)
+
+    def checked_step(self, *args, **kwargs):
+        along = (sae.W_dec.grad * sae.W_dec.detach()).sum(1).abs().max()
+        seen.append(bool(along < 1e-14) and bool(sae.W_dec.grad.abs().max() > 1e-4))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(patchsae.train, "sae_loss", checked_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", checked_step)
+    train_steps(sae, tokens(12, torch.float64), lr=0.05, warmup=1, dead_after=2)
+    assert seen == [True] * 12
+
+
+def test_batches_may_come_from_a_generator_and_must_exist():
+    first, second, batches = sleepy_sae(torch.float32), sleepy_sae(torch.float32), tokens(4, torch.float32)
+    assert torch.equal(train_steps(first, batches), train_steps(second, (z.flatten(0, 1) for z in batches)))
+    with pytest.raises(ValueError) as error:
+        train_steps(first, [])
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_tokens_that_are_not_finite(bad):
+    batches = tokens(3, torch.float32)
+    batches[1][2, 1, 0] = bad
+    with pytest.raises(ValueError) as error:
+        train_steps(sleepy_sae(torch.float32), batches)
+    assert one_sentence(error.value) and "step 1" in str(error.value)
+
+
+# Which images a step sees -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, batch", [(10, 3), (10, 10), (7, 16), (1, 4), (12, 4)])
+def test_training_rows_use_every_image_once_an_epoch(n, batch):
+    rows = np.concatenate([training_rows(n, step, batch, seed=5) for step in range(3 * n)])
+    assert len(rows) == 3 * n * batch
+    for epoch in range(len(rows) // n):
+        assert sorted(rows[epoch * n:(epoch + 1) * n]) == list(range(n))
+        np.testing.assert_array_equal(rows[epoch * n:(epoch + 1) * n], epoch_rows(n, epoch, 5))
+
+
+def test_training_rows_depend_on_their_arguments_alone():
+    again = [training_rows(50, 3, 8, 0) for _ in range(2) if np.random.seed(1) is None]
+    np.testing.assert_array_equal(*again)
+    assert not np.array_equal(again[0], training_rows(50, 3, 8, 1))
+    assert not np.array_equal(epoch_rows(50, 0, 0), epoch_rows(50, 1, 0))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 23, 100])
+def test_token_batches_cover_every_image_in_order(clip, pixel_data, batch):
+    rows, ids, labels = [], [], []
+    for b in token_batches(clip, pixel_data, -2, batch):
+        assert len(b.z) == len(b.ids) == len(b.labels) == len(b.rows) <= batch
+        assert torch.is_grad_enabled() and not b.z.requires_grad
+        torch.testing.assert_close(b.z, clip.below(torch.stack([pixel_data[int(i)].image for i in b.rows]), -2))
+        rows, ids, labels = rows + b.rows.tolist(), ids + list(b.ids), labels + b.labels.tolist()
+    assert rows == list(range(23))
+    assert ids == [pixel_data[i].id for i in range(23)] and labels == [pixel_data[i].label for i in range(23)]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, torch.float64, torch.float32])
+def test_tokens_of_any_float_pixels(clip, kind):
+    pixels = np.random.default_rng(0).normal(size=(4, 3, SIDE, SIDE))
+    given = torch.from_numpy(pixels).to(kind) if isinstance(kind, torch.dtype) else pixels.astype(kind)
+    (batch,) = token_batches(clip, ArrayDataset(given, [0, 1, 0, 1]), -2)
+    expected = clip.below(torch.from_numpy(pixels).float(), -2)
+    torch.testing.assert_close(batch.z, expected, rtol=0.02, atol=0.02)
+
+
+def test_images_are_preprocessed_and_pixels_are_not(clip, image_data):
+    (batch,) = token_batches(clip, image_data, -2)
+    pixels = torch.cat([clip.pixels([image_data[i].image]) for i in range(len(image_data))])
+    torch.testing.assert_close(batch.z, clip.below(pixels, -2))
+    (again,) = token_batches(clip, ArrayDataset(pixels, image_data.labels), -2)
+    torch.testing.assert_close(again.z, batch.z)
+
+
+def test_training_tokens(clip, pixel_data):
+    rows = training_rows(23, 5, 6, 3)
+    expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
+    torch.testing.assert_close(training_tokens(clip, pixel_data, -2, 5, 6, 3), expected)
+    torch.testing.assert_close(training_tokens(clip, pixel_data, -2, 5, 6, 3, tokens="cls"), expected[:, :1])
+
+
+@pytest.mark.parametrize("read", [lambda clip, ds: list(token_batches(clip, ds, -2)),
+                                  lambda clip, ds: training_tokens(clip, ds, -2, 0, 4, 0)])
+def test_no_images_is_one_sentence(clip, read):
+    with pytest.raises(ValueError) as error:
+        read(clip, ArrayDataset(torch.zeros(0, 3, SIDE, SIDE), []))
+    assert one_sentence(error.value)
+
+
+# Whole runs ---------------------------------------------------------------------------------------------
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "training.json"}
+
+
+@pytest.fixture(scope="module")
+def whole(clip, tmp_path_factory):
+    """One run without interruption: its settings, its data, its files."""
+    from patchsae.config import load_profile
+    profile = load_profile("mini").with_sae(expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2,
+                                            l1=0.5, learning_rate=0.1)
+    ds = ArrayDataset(torch.randn(23, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11)), np.arange(23) % 5)
+    folder = tmp_path_factory.mktemp("whole")
+    sae, log = train_sae(profile, clip, ds, folder)
+    return profile, ds, folder, sae, log
+
+
+def assert_same_run(whole, folder, sae, log):
+    _, _, reference, expected, expected_log = whole
+    for name in NAMES:
+        assert torch.equal(getattr(sae, name), getattr(expected, name)), name
+    pd.testing.assert_frame_equal(log, expected_log, check_exact=True)
+    assert files(folder) == files(reference)
+
+
+def test_a_run_is_the_same_bytes_again_and_leaves_no_scraps(whole, clip, tmp_path):
+    profile, ds, folder, sae, log = whole
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+    assert set(files(folder)) == {"checkpoint.safetensors", "log.csv", "sae.safetensors", "config.json"}
+    assert list(log.columns) == LOG_COLUMNS and log["step"].tolist() == list(range(1, 13))
+    loaded = SparseAutoencoder.from_pretrained(folder)
+    assert all(torch.equal(getattr(loaded, name), getattr(sae, name)) for name in NAMES)
+
+
+def test_a_run_is_train_steps_on_the_steps_tokens(whole, clip):
+    profile, ds, _, sae, log = whole
+    batches = [training_tokens(clip, ds, -2, step, 4, profile.seed) for step in range(12)]
+    twin, s = new_sae(profile, clip, ds), profile.sae
+    history = train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
+    assert all(torch.equal(getattr(twin, name), getattr(sae, name)) for name in NAMES)
+    np.testing.assert_allclose(log[["mse", "l1", "ghost", "total"]], history, atol=1e-6)
+    assert log["ghost"].max() > 0 and log["l0"].between(0, 36).all() and log["dead"].between(0, 1).all()
+
+
+def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, clip):
+    profile, ds = whole[:2]
+    first = torch.cat([training_tokens(clip, ds, -2, step, 4, profile.seed) for step in range(8)])
+    sae = new_sae(profile, clip, ds)
+    assert tuple(sae.W_enc.shape) == (12, 36)
+    points = first.flatten(0, 1).double()
+    distances = (points - sae.b_dec.detach().double()).norm(dim=1)
+    directions = ((points - sae.b_dec.detach().double()) / distances[:, None]).sum(0)
+    assert directions.norm() < 1e-2  # at the median the unit vectors towards the points cancel
+    mean = new_sae(profile.with_sae(b_dec="mean"), clip, ds)
+    torch.testing.assert_close(mean.b_dec.detach(), points.mean(0).float())
+    assert torch.equal(mean.W_enc, sae.W_enc)
+
+
+class Stops(Exception):
+    """Stands for a crash."""
+
+
+class Interrupted:
+    """A data set that raises at the n-th image it is asked for."""
+
+    def __init__(self, ds, after, error):
+        self.ds, self.left, self.error, self.class_names = ds, after, error, ds.class_names
+
+    def __len__(self):
+        return len(self.ds)
+
+    def __getitem__(self, i):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.ds[i]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stops])
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7, 11])
+def test_resumed_after_an_interruption_between_steps(whole, clip, tmp_path, steps, error):
+    profile, ds = whole[:2]
+    with pytest.raises(error):
+        train_sae(profile, clip, Interrupted(ds, 32 + 4 * steps + 2, error), tmp_path)  # 32 images set b_dec
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+
+
+def test_resumed_after_every_single_step(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    for attempt in range(11):
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(profile, clip, Interrupted(ds, 4 + 32 * (attempt == 0), KeyboardInterrupt), tmp_path)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+
+
+def interrupt_once(monkeypatch, owner, name, at, after=False):
+    """Raise KeyboardInterrupt before (or after) the ``at``-th call of a function, once."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at and not after:
+            raise KeyboardInterrupt
+        result = original(*args, **kwargs)
+        if len(calls) == at and after:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize("owner, name, after", [
+    (patchsae.train, "sae_loss", False), (torch.Tensor, "backward", True), (torch.optim.Adam, "step", False),
+    (torch.optim.Adam, "step", True), (patchsae.train, "_log_row", False), (patchsae.train, "_log_row", True),
+    (patchsae.train, "save_tensors", False), (patchsae.train, "save_tensors", True)])
+@pytest.mark.parametrize("at", [1, 3])
+def test_resumed_after_an_interruption_in_the_middle_of_a_step(whole, clip, tmp_path, monkeypatch, owner, name, after, at):
+    """Whatever a step had done when the interrupt came, the run goes on as if it had not been interrupted."""
+    profile, ds = whole[:2]
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, owner, name, at, after)
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(profile, clip, ds, tmp_path)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+
+
+def test_a_kill_loses_only_the_steps_after_the_last_checkpoint(whole, clip, tmp_path, monkeypatch):
+    """A killed process saves nothing on its way out: what is there is the checkpoint of step 4 or 8."""
+    profile, ds = whole[:2]
+    original = patchsae.train._save
+
+    def save(training, *args):
+        if training.steps_done % 4 == 0:
+            original(training, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patchsae.train, "_save", save)
+        with pytest.raises(Stops):
+            train_sae(profile, clip, Interrupted(ds, 32 + 4 * 6, Stops), tmp_path)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+
+
+def test_a_finished_run_is_read_not_trained(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    train_sae(profile, clip, ds, tmp_path)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, Interrupted(ds, 0, Stops), tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"l1": 0.6}, {"steps": 13}, {"ghost": False}, {"b_dec": "mean"}, {"expansion": 2}])
+def test_other_settings_in_the_same_folder_are_refused(whole, clip, tmp_path, change):
+    profile, ds = whole[:2]
+    train_sae(profile.with_sae(steps=2), clip, ds, tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(ValueError) as error:
+        train_sae(profile.with_sae(**{"steps": 2} | change), clip, ds, tmp_path)
+    assert one_sentence(error.value) and str(tmp_path) in str(error.value)
+    assert files(tmp_path) == before
+
+
+def test_other_weights_of_the_model_are_not_mixed_with_an_old_run(whole, tmp_path):
+    """The mini CLIP can be trained again under the same name; an autoencoder of the old one must not pass for new."""
+    profile, ds = whole[:2]
+    profile = profile.with_sae(steps=2)
+    old, _ = train_sae(profile, Clip(random_clip_model(0)), ds, tmp_path / "a")
+    fresh, _ = train_sae(profile, Clip(random_clip_model(1)), ds, tmp_path / "b")
+    try:
+        again, _ = train_sae(profile, Clip(random_clip_model(1)), ds, tmp_path / "a")
+    except ValueError as error:
+        assert one_sentence(error)
+    else:
+        assert torch.equal(again.W_enc, fresh.W_enc) and not torch.equal(again.W_enc, old.W_enc)
+
+
+def test_a_folder_that_cannot_be_written(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError) as error:
+        train_sae(profile, clip, ds, tmp_path / "file" / "run")
+    assert one_sentence(error.value) and "Cannot write" in str(error.value)
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_pixels_that_are_not_numbers_and_again_when_they_are_mended(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    pixels = ds.pixels.clone()
+    pixels[training_rows(23, 0, 4, profile.seed)[1], 0, 3, 3] = math.nan
+    with pytest.raises(ValueError) as error:
+        train_sae(profile, clip, ArrayDataset(pixels, ds.labels), tmp_path)
+    assert one_sentence(error.value)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+
+
+def test_pixels_that_are_not_numbers_later_on(whole, clip, tmp_path):
+    """The bad image comes first after b_dec was set: the steps before it are kept."""
+    profile, ds = whole[:2]
+    profile = profile.with_sae(b_dec="zeros")
+    expected, _ = train_sae(profile, clip, ds, tmp_path / "whole")
+    pixels, bad = ds.pixels.clone(), training_rows(23, 3, 4, profile.seed)[2]
+    pixels[bad, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError) as error:
+        train_sae(profile, clip, ArrayDataset(pixels, ds.labels), tmp_path / "run")
+    assert one_sentence(error.value) and "3" in str(error.value)
+    again, log = train_sae(profile, clip, ds, tmp_path / "run")
+    assert all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES) and len(log) == 12
+
+
+def test_an_empty_data_set(whole, clip, tmp_path):
+    with pytest.raises(ValueError) as error:
+        train_sae(whole[0], clip, ArrayDataset(torch.zeros(0, 3, SIDE, SIDE), []), tmp_path)
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("checkpoint.safetensors", lambda b: b[:-9]), ("checkpoint.safetensors", None), ("checkpoint.safetensors", "no quiet"),
+    ("training.json", lambda b: b"{"), ("training.json", lambda b: b"{}"), ("log.csv", None),
+    ("log.csv", lambda b: b"")])
+def test_a_damaged_run_is_one_sentence(whole, clip, tmp_path, name, damage):
+    profile, ds = whole[:2]
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(profile, clip, Interrupted(ds, 32 + 20, KeyboardInterrupt), tmp_path)
+    path = tmp_path / name
+    if damage is None:
+        path.unlink()
+    elif damage == "no quiet":
+        from safetensors.torch import load_file, save_file
+        save_file({k: v for k, v in load_file(path).items() if k != "quiet"}, path)
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises((ValueError, OSError)) as error:
+        train_sae(profile, clip, ds, tmp_path)
+    assert one_sentence(error.value)
+
+
+def test_log_is_read_back_exactly(tmp_path):
+    """A resumed log is written again from what was read, so reading must give the same numbers."""
+    numbers = np.random.default_rng(0)
+    rows = [(i + 1, *(round(float(v), 7) for v in numbers.gamma(1.0, 10.0 ** numbers.integers(-5, 3, 7))))
+            for i in range(2000)]
+    pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(tmp_path / "log.csv", index=False)
+    assert patchsae.train._read_log(tmp_path, 2000) == rows
+    assert len(patchsae.train._read_log(tmp_path, 17)) == 17
+
+
+def test_class_tokens_only(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    profile = profile.with_sae(tokens="cls", steps=3)
+    sae, _ = train_sae(profile, clip, ds, tmp_path)
+    twin, s = new_sae(profile, clip, ds), profile.sae
+    batches = [training_tokens(clip, ds, -2, step, 4, profile.seed)[:, :1] for step in range(3)]
+    train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
+    assert all(torch.equal(getattr(twin, name), getattr(sae, name)) for name in NAMES)
+
+
+def test_global_generators_do_not_matter_and_are_left_alone(whole, clip, tmp_path):
+    profile, ds = whole[:2]
+    torch.manual_seed(123)
+    np.random.seed(123)
+    before = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), np.random.get_state()[1].sum()
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+    after = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), np.random.get_state()[1].sum()
+    assert before == after
