@@ -1,8 +1,6 @@
 """Profiles, paths and seeds. A profile is data: one TOML file, one frozen dataclass, no code of its own."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import tomllib
 from dataclasses import dataclass
@@ -18,10 +16,12 @@ PROFILES = Path(__file__).with_name("profiles")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which CLIP, where it is cut (``layer``, sec. 3.1) and which prompt ensemble classifies (sec. 4.1)."""
+    """Which CLIP, where it is cut (``layer``, sec. 3.1), which layers it is compared with (A.2), and which prompt
+    ensemble classifies (sec. 4.1)."""
 
     name: str
     layer: int
+    other_layers: tuple[int, ...]
     templates: str
 
 
@@ -98,11 +98,15 @@ class Profile:
         """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``."""
         return dataclasses.replace(self, sae=dataclasses.replace(self.sae, **changes))
 
-    def fingerprint(self, *sections: str) -> str:
-        """Hash of the named sections: what a computed artefact is keyed by."""
-        chosen = {s: getattr(self, s) for s in ("name", "seed", *sections)}
-        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in chosen.items()}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    def at_layer(self, layer: int) -> "Profile":
+        """The same profile with the cut at another block."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, layer=layer))
+
+    def sae_settings(self) -> dict:
+        """Everything that decides which autoencoder training gives: what a trained one is keyed by."""
+        sae = {k: v for k, v in dataclasses.asdict(self.sae).items() if k != "save_every"}
+        data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
+        return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
 
 def _fill(cls, table: dict, where: str):

@@ -1,10 +1,12 @@
 """Train the mini CLIP from scratch on captioned pictogram scenes: ``make mini-clip``.
 
-Three contrasts share one text tower and one temperature:
+Two stages. In the warm-up linear heads on the vision tower name what an image and each of its patches show;
+photos of one object come first, then everything. Then the heads are dropped and three contrasts share one text
+tower and one temperature:
 
 * image against caption, as CLIP; captions name each attribute with probability 0.35 only, so that the noun
   has to matter, and equal captions count as positives of each other;
-* class token against short phrases ("a photo of a cat", "red", "striped", "grass", ...);
+* class token against short phrases ("a photo of a cat", "a red object", "on grass", ...);
 * patch token against the phrases of what its patch shows (a grounded-caption loss), at the last block and at
   the cut. Without it patch tokens hold little of the object they belong to.
 
@@ -23,10 +25,16 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm.auto import trange
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
+from patchsae.clip import contrastive_loss, load_clip
+from patchsae.config import ROOT, start
+from patchsae.probes import probe_table, zero_shot_table
 from patchsae.scenes import CONCEPTS, KINDS, NAMES, PATCH, SIZE, WORLD, caption, class_names, draw_scene
 
-SEED, POOL, BATCH, STEPS, LEARNING_RATE = 2, 49_152, 128, 6_000, 1.5e-3
+SEED, POOL, BATCH, LEARNING_RATE = 2, 49_152, 128, 1.5e-3
+WARM_UP_STEPS, EASY_SHARE, STEPS = 2_000, 0.6, 3_000
 KEEP, COVERED, CUT = 0.35, 0.25, -2
+#: Nouns are the hard kind; the others are learned in a few hundred steps and need little weight.
+WEIGHTS = {"noun": 1.0, "colour": 0.25, "texture": 0.25, "background": 0.25, "style": 0.25, "text": 0.25}
 TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
 #: How the phrases of each kind are worded; nouns take a random template of the 80-template ensemble as well.
 PHRASES = {"noun": "a photo of a {}.", "colour": "a {} object.", "texture": "a {} object.", "background": "on {}.",
@@ -127,70 +135,108 @@ def phrase_list(rng: np.random.Generator) -> list[str]:
     return [wording[kind].format(name) for kind in KINDS for name in SEEN[kind]]
 
 
-def contrast(images: torch.Tensor, texts: torch.Tensor, captions: list[str], scale) -> torch.Tensor:
-    """CLIP's symmetric loss ``[B,P] x [B,P]`` with equal captions as positives of each other."""
-    numbers = torch.tensor([{c: i for i, c in enumerate(captions)}[c] for c in captions])
-    target = (numbers[:, None] == numbers[None]).float()
-    target = target / target.sum(1, keepdim=True)
-    logits = scale * images @ texts.T
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def phrase_loss(embeddings: torch.Tensor, labels: torch.Tensor, phrases: torch.Tensor, scale) -> torch.Tensor:
-    """Mean over kinds of the cross-entropy of ``[N,P]`` embeddings against that kind's phrases."""
-    losses, start = [], 0
-    for k, kind in enumerate(KINDS):
-        own, start = phrases[start:start + len(SEEN[kind])], start + len(SEEN[kind])
+def named_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Weighted cross-entropy of each kind: logits ``[N, concepts]``, kind after kind, and labels ``[N,6]``."""
+    total = logits.new_zeros(())
+    for k, (kind, own) in enumerate(zip(KINDS, logits.split([len(SEEN[kind]) for kind in KINDS], dim=-1))):
         there = labels[:, k] >= 0
         if there.any():
-            losses.append(F.cross_entropy(scale * embeddings[there] @ own.T, labels[there, k]))
-    return torch.stack(losses).mean()
+            total = total + WEIGHTS[kind] * F.cross_entropy(own[there].float(), labels[there, k])
+    return total
 
 
-def step_losses(model, tokenizer, pixels, captions, phrases, patch_labels, image_labels):
+def warm_up_loss(model, heads, pixels, patch_labels, image_labels) -> torch.Tensor:
+    """Linear heads on the class token and on the patch tokens of the last block and of the cut."""
+    tower = model.vision_model
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    last, cut = tower.post_layernorm(states[-1]), tower.post_layernorm(states[CUT])
+    patches = patch_labels.flatten(0, 1)
+    return (named_loss(heads[0](last[:, 0]), image_labels)
+            + named_loss(heads[1](last[:, 1:].flatten(0, 1)), patches) / 2
+            + named_loss(heads[2](cut[:, 1:].flatten(0, 1)), patches) / 2)
+
+
+def contrast_losses(model, tokenizer, pixels, captions, phrases, patch_labels, image_labels) -> tuple:
     """The three contrasts of one batch: image-caption, image-phrase, patch-phrase."""
     scale = model.logit_scale.exp().clamp(max=100)
     text = embed_text(model, tokenizer, captions + phrases)
     states = model.vision_model(pixels, output_hidden_states=True).hidden_states
     last, cut = embed_tokens(model, states[-1]), embed_tokens(model, states[CUT])
-    spoken, phrases = text[:len(captions)], text[len(captions):]
-    labels = patch_labels.flatten(0, 1)
-    grounded = sum(phrase_loss(tokens[:, 1:].flatten(0, 1), labels, phrases, scale) for tokens in (last, cut)) / 2
-    return contrast(last[:, 0], spoken, captions, scale), phrase_loss(last[:, 0], image_labels, phrases, scale), grounded
+    spoken, phrases = text[:len(captions)], scale * text[len(captions):].T
+    groups = torch.tensor([{c: i for i, c in enumerate(captions)}[c] for c in captions])
+    patches = patch_labels.flatten(0, 1)
+    grounded = sum(named_loss(tokens[:, 1:].flatten(0, 1) @ phrases, patches) for tokens in (last, cut)) / 2
+    return (contrastive_loss(last[:, 0], spoken, groups, scale), named_loss(last[:, 0] @ phrases, image_labels), grounded)
 
 
-def train(steps: int = STEPS, pool: int = POOL) -> tuple[CLIPModel, PreTrainedTokenizerFast, pd.DataFrame]:
-    """Train from scratch on the CPU in bfloat16 autocast with float32 weights."""
-    tokenizer, processor, rng = build_tokenizer(), build_processor(), np.random.default_rng(SEED)
-    model = build_model(len(tokenizer)).train()
-    images, plans, patches, wholes = draw_pool(pool)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+def optimise(parameters: list, steps: int, title: str, losses_of) -> list[tuple]:
+    """AdamW with a one-cycle rate in bfloat16 autocast; ``losses_of(step)`` gives a tuple of losses to add up."""
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
     log = []
-    for step in (bar := trange(steps, desc="training the mini CLIP", mininterval=10)):
-        rows = rng.integers(0, pool, BATCH)
-        spoken = [caption(plans[i], rng, KEEP) for i in rows]
+    for step in (bar := trange(steps, desc=title, mininterval=10)):
         with torch.autocast("cpu", torch.bfloat16):
-            losses = step_losses(model, tokenizer, normalise(images[rows], processor), spoken, phrase_list(rng),
-                                 torch.from_numpy(patches[rows]), torch.from_numpy(wholes[rows]))
+            losses = losses_of(step)
         optimizer.zero_grad()
         sum(losses).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        log.append((step, *(loss.item() for loss in losses), model.logit_scale.exp().item()))
+        log.append((step, *(loss.item() for loss in losses)))
         if step % 50 == 0:
             bar.set_postfix_str(" ".join(f"{v:.3f}" for v in log[-1][1:]))
-    return model.eval(), tokenizer, pd.DataFrame(log, columns=["step", "caption", "phrase", "patch", "scale"])
+    return log
+
+
+def train() -> tuple[CLIPModel, PreTrainedTokenizerFast, pd.DataFrame]:
+    """Train from scratch on the CPU, with float32 weights. Returns model, tokenizer and the log of both stages."""
+    tokenizer, processor, rng = build_tokenizer(), build_processor(), np.random.default_rng(SEED)
+    model = build_model(len(tokenizer)).train()
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, sum(map(len, SEEN.values()))) for _ in range(3))
+    images, plans, patches, wholes = draw_pool(POOL)
+    easy = np.array([i for i, p in enumerate(plans) if len(p.things) == 1 and p.style == "photo" and not p.word])
+
+    def batch(rows):
+        return (normalise(images[rows], processor), torch.from_numpy(patches[rows]), torch.from_numpy(wholes[rows]))
+
+    def warm_up(step):
+        rows = rng.integers(0, POOL, BATCH)
+        rows = easy[rows % len(easy)] if step < EASY_SHARE * WARM_UP_STEPS else rows
+        return (warm_up_loss(model, heads, *batch(rows)),)
+
+    def contrasts(step):
+        rows = rng.integers(0, POOL, BATCH)
+        pixels, patch_labels, image_labels = batch(rows)
+        spoken = [caption(plans[i], rng, KEEP) for i in rows]
+        return contrast_losses(model, tokenizer, pixels, spoken, phrase_list(rng), patch_labels, image_labels)
+
+    warm = optimise([*model.vision_model.parameters(), *heads.parameters()], WARM_UP_STEPS, "warm-up", warm_up)
+    rest = optimise(list(model.parameters()), STEPS, "contrasts", contrasts)
+    log = pd.concat([pd.DataFrame(warm, columns=["step", "heads"]).assign(stage="warm-up"),
+                     pd.DataFrame(rest, columns=["step", "caption", "phrase", "patch"]).assign(stage="contrasts")])
+    return model.eval(), tokenizer, log
 
 
 def save(folder: Path, model, tokenizer, log: pd.DataFrame) -> None:
-    """Write weights, tokenizer, processor and the training log (a row every 20 steps)."""
+    """Write weights, tokenizer, processor and the training log (means over 20 steps)."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    means = log.groupby(log["step"] // 20 * 20).mean().round(4).drop(columns="step")
+    means = log.assign(step=log["step"] // 20 * 20).groupby(["stage", "step"], sort=False).mean().round(4)
     means.to_csv(folder / "training_log.csv")
+
+
+def main() -> None:
+    """Train the mini profile's CLIP and write it with its log, its zero-shot accuracies and its probe table."""
+    profile = start("mini")
+    folder = ROOT / profile.model.name
+    save(folder, *train())
+    clip = load_clip(folder)
+    zero_shot_table(clip).to_csv(folder / "zero_shot.csv", index=False)
+    probe_table(clip).to_csv(folder / "probes.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

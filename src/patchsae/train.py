@@ -1,6 +1,7 @@
 """The training loop (sec. 3.1, A.1): exact steps, a log, checkpoints, and resuming to the same bytes."""
 
-import time
+import hashlib
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -98,12 +99,12 @@ def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
 
 
 def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
-    """Train the profile's autoencoder on a data set, or continue where ``folder`` says it stopped.
+    """Train the profile's autoencoder on a data set, or continue where ``folder`` says it was interrupted.
 
     Writes ``checkpoint.safetensors`` every ``save_every`` steps and at an interruption, ``log.csv`` beside it,
-    and at the end the autoencoder itself. Returns it and the log.
+    and at the end, in the checkpoint's place, the autoencoder itself. Returns it and the log.
     """
-    folder, key = Path(folder), profile.fingerprint("model", "data", "sae")
+    folder, key = Path(folder), run_key(profile, clip)
     training = _start_or_resume(profile, clip, ds, folder, key)
     log = _read_log(folder, training.steps_done)
     bar = tqdm(total=profile.sae.steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1)
@@ -119,7 +120,29 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
         bar.close()
         _save(training, log, folder, key)
     training.sae.save_pretrained(folder)
+    for name in ("training.json", "checkpoint.safetensors"):
+        (folder / name).unlink()
     return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
+
+
+def run_key(profile: Profile, clip: Clip) -> str:
+    """Hash of the model's weights and of every setting that decides the trained autoencoder."""
+    settings = json.dumps([clip.fingerprint(), profile.sae_settings()], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
+def sae_folder(profile: Profile, clip: Clip) -> Path:
+    """Where the profile's autoencoder is: the committed one if these settings have one, else the run's own."""
+    committed = profile.data_dir / "sae" / run_key(profile, clip)
+    return committed if committed.is_dir() else profile.run_dir / "sae" / run_key(profile, clip)
+
+
+def trained_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
+    """The profile's autoencoder: committed or trained before, else trained now on ``ds``."""
+    folder = sae_folder(profile, clip)
+    if not (folder / "sae.safetensors").is_file():
+        train_sae(profile, clip, ds, folder)
+    return SparseAutoencoder.from_pretrained(folder, clip.device)
 
 
 def _tokens(profile: Profile, clip: Clip, ds, step: int) -> torch.Tensor:
@@ -153,7 +176,7 @@ def _save(training: Training, log: list, folder: Path, key: str) -> None:
     table = pd.DataFrame(log, columns=LOG_COLUMNS)
     write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
     training.save(folder)
-    save_json(folder / "training.json", {"key": key, "saved": time.strftime("%Y-%m-%d")})
+    save_json(folder / "training.json", {"key": key})
 
 
 def _read_log(folder: Path, steps_done: int) -> list:

@@ -1,0 +1,416 @@
+"""Top-k latent masking in zero-shot classification, with controls that can fail (sec. 4.1, Fig. 5a-b and 6).
+
+``on`` k keeps only the first k latents of a ranking, ``off`` k removes only those; then the forward pass is
+finished and the image classified. ``below`` and the encoder run once per image. The values of k cut the ranking
+into segments; each segment's part of the reconstruction is summed from its active latents alone, and running sums
+over the segments give every condition: ``on`` from the top of the ranking, ``off`` from its bottom. (Subtracting
+from the total instead would leave rounding errors, which LayerNorm blows up where little else is left.)
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.spatial import cKDTree
+from tqdm.auto import tqdm
+
+from patchsae.activations import load_pixels
+from patchsae.clip import Clip
+from patchsae.sae import SparseAutoencoder
+
+#: "class": counts of the image's class (paper). "dataset": counts of all classes (paper). "random" (paper).
+#: "matched": random, but alike in frequency and activation. "wrong-class": counts of another class.
+#: "predicted-class": counts of the class that the unedited model predicts, so that no true label is used.
+#: "class-unshared": "class" without latents that lead the lists of over half of the classes (authors' later variant).
+SELECTIONS = ("class", "dataset", "random", "matched", "wrong-class", "predicted-class", "class-unshared")
+#: Selections in which chance plays a part: each seed is a new draw.
+CHANCE = ("random", "matched", "wrong-class")
+#: Length of the list of leading latents of a class, and how many alike latents a matched one is drawn from.
+LIST, ALIKE = 100, 10
+#: Dense latents held at a time: 2^25 values are 128 MiB.
+DENSE = 2**25
+
+Order = Callable[[int], torch.Tensor]
+
+
+# Rankings -----------------------------------------------------------------------------------------------
+
+def descending(counts: torch.Tensor) -> torch.Tensor:
+    """Indices from the largest count to the smallest, ties lowest index first: ``[S] -> [S]``."""
+    return torch.argsort(counts, descending=True, stable=True)
+
+
+def class_order(lat) -> Order:
+    """Each class's latents by how many training tokens of the class they are active on (eq. 4-5)."""
+    counts = torch.as_tensor(lat.class_counts)
+    return lambda label: descending(counts[label])
+
+
+def dataset_order(lat) -> Order:
+    """The same for every class: latents by their counts over all classes."""
+    ranking = descending(torch.as_tensor(lat.class_counts).sum(0))
+    return lambda label: ranking
+
+
+def random_order(lat, seed: int) -> Order:
+    """A permutation that depends on the seed and the class alone."""
+    n = torch.as_tensor(lat.class_counts).shape[1]
+    return lambda label: torch.from_numpy(np.random.default_rng([seed, label]).permutation(n))
+
+
+def unshared_order(lat) -> Order:
+    """``class_order`` with the latents that lead the lists of more than half of the classes moved to the end.
+
+    A list holds the first 100 latents of a class (or a quarter, if that is less) that were active at all.
+    """
+    counts, order = torch.as_tensor(lat.class_counts), class_order(lat)
+    classes = counts.any(1).nonzero()[:, 0].tolist()
+    lists = torch.zeros(counts.shape[1], dtype=torch.long)
+    for label in classes:
+        leading = order(label)[:_list_length(counts)]
+        lists[leading] += counts[label, leading] > 0
+    shared = 2 * lists > len(classes)
+
+    def unshared(label: int) -> torch.Tensor:
+        ranking = order(label)
+        return torch.cat([ranking[~shared[ranking]], ranking[shared[ranking]]])
+
+    return unshared
+
+
+def matched_order(lat, seed: int, depth: int) -> Order:
+    """For every latent of a class's ranking another one, alike in frequency and in mean activation.
+
+    Down the ranking, each latent is replaced by a random one of the ten nearest (in log10 of both, in units of
+    their spread) that are still free and not in the class's own list of leading latents. After ``depth`` latents,
+    or when none is free, the others follow in the class's order.
+    """
+    order, points = class_order(lat), _log_statistics(lat)
+    n = len(points)
+    near = cKDTree(points).query(points, min(n, LIST + 4 * ALIKE))[1].astype(np.int32)
+    own = _list_length(torch.as_tensor(lat.class_counts))
+
+    def matched(label: int) -> torch.Tensor:
+        ranking, rng = order(label).numpy(), np.random.default_rng([seed, label])
+        free, chosen = np.ones(n, bool), []
+        free[ranking[:own]] = False
+        for latent in ranking[:min(depth, n - own)]:
+            alike = near[latent][free[near[latent]]][:ALIKE]
+            if not len(alike):
+                alike = _nearest(points, latent, np.flatnonzero(free))
+            chosen.append(alike[rng.integers(len(alike))])
+            free[chosen[-1]] = False
+        rest = ranking[~np.isin(ranking, chosen)]
+        return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), rest]))
+
+    return matched
+
+
+def _list_length(counts: torch.Tensor) -> int:
+    return min(LIST, counts.shape[1] // 4)
+
+
+def _log_statistics(lat) -> np.ndarray:
+    """log10 of frequency and mean activation, over their spread: ``[S,2]``; silent latents lie far below all."""
+    pair = torch.stack([torch.as_tensor(x).double().cpu() for x in (lat.frequency, lat.mean_activation)], 1)
+    alive = (pair > 0).all(1)
+    logs = pair.where(alive[:, None], torch.ones(())).log10()
+    if alive.any():
+        logs = torch.where(alive[:, None], logs, logs[alive].amin(0) - 10)
+        logs /= logs[alive].std(0, correction=0).clamp_min(1e-6)
+    return logs.numpy()
+
+
+def _nearest(points: np.ndarray, latent: int, among: np.ndarray) -> np.ndarray:
+    distance = np.square(points[among] - points[latent]).sum(1)
+    return among[np.argsort(distance, kind="stable")[:ALIKE]]
+
+
+def wrong_classes(classes: Sequence[int], seed: int) -> dict[int, int]:
+    """Another class for each class: all of them on one random cycle."""
+    if len(classes) < 2:
+        raise ValueError("A wrong class needs two classes with training images; choose another selection.")
+    cycle = np.random.default_rng(seed).permutation(classes)
+    return dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
+
+
+class Arm(NamedTuple):
+    """One way to choose latents.
+
+    ``segments(label) [S]``: for each latent, how many of the values of k its rank lies beyond.
+    ``whose(label, predicted)``: the class whose ranking an image gets, from its true class and the class that the
+    unedited model predicts.
+    """
+
+    selection: str
+    seed: int
+    segments: Callable[[int], torch.Tensor]
+    whose: Callable[[int, int], int]
+
+
+def make_arm(lat, selection: str, seed: int, ks: Sequence[int], ranking=None) -> Arm:
+    """Prepare a selection; ``ranking [C,S]`` replaces its order of latents."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"There is no selection {selection!r}; choose one of {', '.join(SELECTIONS)}.")
+    if ranking is not None:
+        order = torch.as_tensor(ranking).__getitem__
+    elif selection in ("class", "wrong-class", "predicted-class"):
+        order = class_order(lat)
+    elif selection == "matched":
+        order = matched_order(lat, seed, max([k for k in ks if k < len(lat.frequency)], default=0))
+    elif selection == "random":
+        order = random_order(lat, seed)
+    else:
+        order = {"dataset": dataset_order, "class-unshared": unshared_order}[selection](lat)
+    bounds = torch.tensor(ks, dtype=torch.long)
+
+    @functools.cache
+    def segments(label: int) -> torch.Tensor:
+        ranked = order(label).cpu()
+        parts = torch.bucketize(torch.arange(len(ranked)), bounds, right=True)
+        return torch.empty(len(ranked), dtype=torch.uint8).scatter_(0, ranked, parts.to(torch.uint8))
+
+    if selection == "wrong-class":
+        other = wrong_classes(_counted(lat, ranking), seed)
+        return Arm(selection, seed, segments, lambda label, predicted: other[label])
+    if selection == "predicted-class":
+        return Arm(selection, seed, segments, lambda label, predicted: predicted)
+    return Arm(selection, seed, segments, lambda label, predicted: label)
+
+
+def _counted(lat, ranking) -> list[int]:
+    """Classes that can be ranked: those with training images, or all of a given ranking."""
+    if ranking is not None:
+        return list(range(len(ranking)))
+    return torch.as_tensor(lat.class_counts).any(1).nonzero()[:, 0].tolist()
+
+
+# Editing tokens -----------------------------------------------------------------------------------------
+
+class Active(NamedTuple):
+    """Latents above 0, by image, token and latent: ``image, token, latent, value``, each ``[N]``."""
+
+    image: torch.Tensor
+    token: torch.Tensor
+    latent: torch.Tensor
+    value: torch.Tensor
+
+
+def active_latents(sae: SparseAutoencoder, z: torch.Tensor) -> Active:
+    """Encode tokens ``[B,T,D]`` and keep what is above 0."""
+    h = sae.encode(z)
+    where = h.nonzero(as_tuple=True)
+    return Active(*where, h[where])
+
+
+def segment_sums(sae: SparseAutoencoder, active: Active, segment: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """Sums of h_s W_dec[s] over the active latents of each segment: ``[B,J+1,T,D]``.
+
+    ``segment [N]``: that of each active latent; ``shape``: (B, J+1, T).
+    """
+    bag, by_bag = torch.sort((active.image * shape[1] + segment) * shape[2] + active.token, stable=True)
+    starts = torch.searchsorted(bag, torch.arange(np.prod(shape), device=bag.device))
+    sums = F.embedding_bag(active.latent[by_bag], sae.W_dec, starts, mode="sum",
+                           per_sample_weights=active.value[by_bag])
+    return sums.view(*shape, -1)
+
+
+def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, parts: torch.Tensor, add_error: bool) -> torch.Tensor:
+    """Every edit by one ranking: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]``: spliced, on k_1..k_J, off k_1..k_J.
+
+        on k  = b_dec + sum over ranks < k of h_s W_dec[s];  off k = b_dec + sum over ranks >= k
+        with the autoencoder's error: z - sum over the removed latents, so that removing none leaves z bit for bit
+    """
+    top = list(itertools.accumulate(parts.unbind(1)))
+    bottom = list(itertools.accumulate(parts.flip(1).unbind(1)))[-2::-1]
+    if add_error:
+        return torch.stack([z, *(z - removed for removed in [*bottom, *top[:-1]])], 1)
+    return torch.stack([top[-1], *top[:-1], *bottom], 1).add_(sae.b_dec)
+
+
+# Classification -----------------------------------------------------------------------------------------
+
+class Setup(NamedTuple):
+    """What all images share. ``text [C,P]``; ``n_k``: how many values of k, J; ``classes``: those not left out."""
+
+    clip: Clip
+    sae: SparseAutoencoder
+    text: torch.Tensor
+    layer: int
+    arms: Sequence[Arm]
+    n_k: int
+    classes: Sequence[int]
+    add_error: bool
+
+
+class LogitBatch(NamedTuple):
+    """``logits [B,arms,2+2J,C]`` (original, spliced, on k_1..k_J, off k_1..k_J), ``labels`` and ``ids``."""
+
+    logits: torch.Tensor
+    labels: list[int]
+    ids: list
+
+
+@torch.no_grad()
+def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> Iterator[LogitBatch]:
+    """Classify the images of ``setup.classes`` under every condition: one pass over the data set, in order."""
+    clip, classes = setup.clip, setup.classes
+    wanted = torch.zeros(len(setup.text), dtype=torch.bool)
+    wanted[classes] = True
+    for start in tqdm(range(0, len(ds), batch_images), desc=title, disable=not title, mininterval=1):
+        batch = load_pixels(clip, ds, range(start, min(start + batch_images, len(ds))))
+        rows = wanted[batch.labels].nonzero()[:, 0]
+        if len(rows):
+            labels = batch.labels[rows].tolist()
+            logits = batch_logits(setup, clip.below(batch.pixels[rows.to(clip.device)], setup.layer), labels)
+            yield LogitBatch(logits, labels, [batch.ids[i] for i in rows.tolist()])
+
+
+def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
+    """Logits of images ``[B,T,D]`` under every condition: ``[B,arms,2+2J,C]``."""
+    original = _classify(setup, z[:, None])
+    predicted = torch.tensor(setup.classes)[original[:, 0, setup.classes].argmax(1).cpu()].tolist()
+    group = max(1, DENSE // (z.shape[1] * setup.sae.n_latents))
+    edited = torch.cat([_edited_logits(setup, z[i:i + group], labels[i:i + group], predicted[i:i + group])
+                        for i in range(0, len(z), group)])
+    return torch.cat([original[:, None].expand(-1, len(setup.arms), -1, -1), edited], 2)
+
+
+def _edited_logits(setup: Setup, z: torch.Tensor, labels, predicted) -> torch.Tensor:
+    """Logits of images ``[B,T,D]`` under every edit: ``[B,arms,1+2J,C]``. Prompt tokens stay as they are."""
+    tokens, prompts = z[:, :setup.clip.n_tokens], z[:, setup.clip.n_tokens:]
+    active, found = active_latents(setup.sae, tokens), []
+    for arm in setup.arms:
+        table = torch.stack([arm.segments(arm.whose(*pair)) for pair in zip(labels, predicted)]).to(z.device)
+        segment = table[active.image, active.latent].long()
+        parts = segment_sums(setup.sae, active, segment, (len(z), setup.n_k + 1, tokens.shape[1]))
+        edited = masked_tokens(setup.sae, tokens, parts, setup.add_error)
+        found.append(_classify(setup, torch.cat([edited, prompts[:, None].expand(-1, edited.shape[1], -1, -1)], 2)))
+    return torch.stack(found, 1)
+
+
+def _classify(setup: Setup, z: torch.Tensor) -> torch.Tensor:
+    """Finish the forward pass: ``[B,M,T,D] -> [B,M,C]``."""
+    embeddings = setup.clip.above(z.flatten(0, 1), setup.layer)
+    if embeddings.shape[1] != setup.text.shape[1]:
+        raise ValueError(f"Text features have width {setup.text.shape[1]}, but this model's image embeddings have "
+                         f"{embeddings.shape[1]}; make them with the same CLIP.")
+    return setup.clip.logits(embeddings, setup.text).unflatten(0, z.shape[:2])
+
+
+def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: torch.Tensor, layer: int, ks,
+                 selection: str | Sequence[str] = "class", ranking=None, add_error: bool = False,
+                 per_image: bool | str = False, seed: int | Sequence[int] = 0, batch_images: int = 64,
+                 title: str = "") -> pd.DataFrame:
+    """Classify a data set with the first k latents of a ranking kept (on) or removed (off) (sec. 4.1, Fig. 5).
+
+    ``lat``: statistics of the training split, from ``collect_latents``. ``text_features [C,P]``: used as they are.
+    ``ks``: integers, or "all". ``selection``: one or several of ``SELECTIONS``; several, and several seeds, share
+    one pass, and only those in ``CHANCE`` have rows for every seed. ``ranking [C,S]``: order of latents per class,
+    instead of the selection's. ``add_error``: give back what the autoencoder leaves out of z.
+
+    Returns one row per selection, seed, mode, k and class: ``n`` images, ``correct`` of them. Modes are "original"
+    (k = 0), "spliced" (k = all latents), "on" and "off". ``per_image=True`` gives one row per image and condition:
+    ``id``, ``label``, ``prediction``, ``logits`` (cosine times temperature, array ``[C]``); "predictions" leaves
+    the logits out. Classes without training images are left out; ``attrs["left_out"]`` says how many.
+    """
+    ks, classes = _checked(sae, lat, text_features, ks, ranking), _counted(lat, ranking)
+    arms = [make_arm(lat, name, s, ks, ranking) for name in np.atleast_1d(selection).tolist()
+            for s in np.atleast_1d(seed).tolist()[:None if name in CHANCE else 1]]
+    setup = Setup(clip, sae, torch.as_tensor(text_features).to(clip.device), layer, arms, len(ks), classes, add_error)
+    edits = [("original", 0), ("spliced", sae.n_latents), *(("on", k) for k in ks), *(("off", k) for k in ks)]
+    conditions = pd.DataFrame([(arm.selection, arm.seed, *edit) for arm in arms for edit in edits],
+                              columns=["selection", "seed", "mode", "k"])
+    batches = masked_logits(setup, ds, batch_images, title)
+    rows = _image_rows(batches, conditions, per_image is True) if per_image else _class_rows(batches, conditions)
+    if rows.empty:
+        raise ValueError("No image is of a class with training images; use the training split of the same task.")
+    rows.attrs["left_out"] = len(text_features) - len(classes)
+    return rows
+
+
+def _checked(sae, lat, text, ks, ranking) -> list[int]:
+    """The values of k in order; or one sentence on what does not fit."""
+    if lat is None and ranking is None:
+        raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
+    if lat is not None and lat.sae_hash != sae.fingerprint():
+        raise ValueError("These latents were collected with another autoencoder; run collect_latents with this one.")
+    ks = sorted({sae.n_latents if k == "all" else int(k) for k in ks})
+    if wrong := [k for k in ks if not 1 <= k <= sae.n_latents]:
+        raise ValueError(f"k = {wrong[-1]} is not between 1 and {sae.n_latents}, the number of latents of this "
+                         "autoencoder; choose another k.")
+    name, table = ("class counts", lat.class_counts) if ranking is None else ("ranking", ranking)
+    table = torch.as_tensor(table)
+    if tuple(table.shape) != (len(text), sae.n_latents):
+        raise ValueError(f"The {name} of shape {list(table.shape)} do not fit {len(text)} text features and "
+                         f"{sae.n_latents} latents; use the same task and autoencoder.")
+    if ranking is None and not table.any():
+        raise ValueError("No class has training images; collect latents from the training split of this task.")
+    return ks
+
+
+def _class_rows(batches: Iterator[LogitBatch], conditions: pd.DataFrame) -> pd.DataFrame:
+    """Count the correct predictions per condition and class."""
+    n, correct = collections.Counter(), collections.defaultdict(int)
+    for batch in batches:
+        n.update(batch.labels)
+        for label, row in zip(batch.labels, batch.logits.argmax(-1).flatten(1).cpu().numpy()):
+            correct[label] = correct[label] + (row == label)
+    tables = [conditions.assign(**{"class": label, "n": n[label], "correct": correct[label]}) for label in sorted(n)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _image_rows(batches: Iterator[LogitBatch], conditions: pd.DataFrame, keep_logits: bool) -> pd.DataFrame:
+    """One row per image and condition."""
+    tables = []
+    for ids, labels, logits in ((batch.ids, batch.labels, batch.logits.flatten(1, 2).cpu()) for batch in batches):
+        for id, label, rows in zip(ids, labels, logits):
+            table = conditions.assign(id=id, label=label, prediction=rows.argmax(-1).numpy())
+            tables.append(table.assign(logits=list(rows.numpy())) if keep_logits else table)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+# Intervals ----------------------------------------------------------------------------------------------
+
+def correctness(images: pd.DataFrame, pool_seeds: bool = False) -> pd.DataFrame:
+    """Rows per image -> one row per image and one column per selection, mode, k and seed, 1 where correct.
+
+    ``images``: from ``topk_masking(..., per_image="predictions")``; ``pool_seeds``: the mean over seeds.
+    """
+    keys = ["selection", "mode", "k", "seed"]
+    right = images.assign(right=(images["prediction"] == images["label"]).astype(float),
+                          copy=images.groupby([*keys, "id"]).cumcount())  # equal images share an id
+    table = right.pivot(index=["id", "copy"], columns=keys, values="right")
+    return table.T.groupby(level=keys[:3]).mean().T if pool_seeds else table
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile intervals of means over images: ``[N,K] -> ([K], [K])``, the same draws in every column."""
+    rng, n, means = np.random.default_rng(seed), len(values), []
+    for _ in range(draws):
+        means.append(np.bincount(rng.integers(0, n, n), minlength=n) @ values / n)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def accuracy_table(images: pd.DataFrame, pool_seeds: bool = False, draws: int = 2000) -> pd.DataFrame:
+    """Accuracy of every condition: columns selection, mode, k, seed, accuracy, low, high."""
+    return _with_intervals(correctness(images, pool_seeds), "accuracy", draws)
+
+
+def difference_table(images: pd.DataFrame, first: str = "class", second: str = "matched",
+                     draws: int = 2000) -> pd.DataFrame:
+    """Accuracy under one selection minus another, paired by image: columns mode, k, difference, low, high."""
+    table = correctness(images, pool_seeds=True)
+    return _with_intervals(table[first] - table[second], "difference", draws)
+
+
+def _with_intervals(table: pd.DataFrame, name: str, draws: int) -> pd.DataFrame:
+    low, high = bootstrap(table.to_numpy(), draws)
+    return table.columns.to_frame(index=False).assign(**{name: table.mean().to_numpy(), "low": low, "high": high})

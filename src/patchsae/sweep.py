@@ -1,0 +1,78 @@
+"""The mini profile's table 2: one autoencoder per configuration, trained once by ``make mini-artifacts``.
+
+Rows are keyed by their settings and the model's weights; what is already in the table is not trained again.
+"""
+
+import dataclasses
+import shutil
+
+import pandas as pd
+
+from patchsae.checkpoints import write_atomically
+from patchsae.clip import Clip, class_prototypes, load_clip
+from patchsae.config import Profile, start
+from patchsae.datasets import open_dataset, templates
+from patchsae.fidelity import measure
+from patchsae.train import new_sae, run_key, train_sae
+
+#: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
+CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
+           "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
+           "class token only": {"tokens": "cls"}}
+FACTORS = ("l1", "expansion")
+SEEDS = 3
+
+
+def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
+    """(name, seed) -> profile, in the order of the table; the default comes with three seeds."""
+    rows = {}
+    for name, changes in CHANGES.items():
+        factors = {k: v * getattr(profile.sae, k) for k, v in changes.items() if k in FACTORS}
+        rows[name, profile.seed] = profile.with_sae(**changes | factors)
+    rows |= {(f"layer {layer}", profile.seed): profile.at_layer(layer) for layer in profile.model.other_layers}
+    seeds = range(profile.seed, profile.seed + SEEDS)
+    return {("default", s): dataclasses.replace(profile, seed=s) for s in seeds} | rows | {("random", profile.seed): profile}
+
+
+def table_path(profile: Profile) -> Path:
+    """The committed table."""
+    return profile.data_dir / "table2.csv"
+
+
+def row(name: str, profile: Profile, clip: Clip, sae) -> dict:
+    """Measure one autoencoder on the test split: one row of the table."""
+    test = open_dataset(profile, profile.data.task, "test")
+    text = class_prototypes(clip, test.class_names, templates(profile, profile.data.task))
+    numbers = measure(clip, sae, test, text, profile.model.layer, profile.sae.tokens, profile.data.batch_images)
+    return {"configuration": name, "seed": profile.seed, "key": run_key(profile, clip)} | numbers.round(6).to_dict()
+
+
+def run(profile: Profile) -> pd.DataFrame:
+    """Train and measure whatever the table does not have yet; keep the autoencoders that notebooks look into."""
+    clip, path = load_clip(profile.model.name), table_path(profile)
+    done = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    rows = []
+    for (name, seed), changed in configurations(profile).items():
+        known = [r for r in done if (r["configuration"], r["key"]) == (name, run_key(changed, clip))]
+        rows += known or [row(name, changed, clip, _sae(name, changed, clip))]
+        table = pd.DataFrame(rows)
+        write_atomically(path, lambda p: table.to_csv(p, index=False))
+        print(table.tail(1).to_string(header=False), flush=True)
+    return table
+
+
+def _sae(name: str, profile: Profile, clip: Clip):
+    """Train one configuration. Those that notebooks 02 to 04 look into are kept among the committed data."""
+    train = open_dataset(profile, profile.data.task, "train")
+    if name == "random":
+        return new_sae(profile, clip, train)
+    key = run_key(profile, clip)
+    folder = profile.run_dir / "sae" / key
+    sae, _ = train_sae(profile, clip, train, folder)
+    if name.startswith(("default", "layer", "class token")):
+        shutil.copytree(folder, profile.data_dir / "sae" / key, dirs_exist_ok=True)
+    return sae
+
+
+if __name__ == "__main__":
+    run(start())
