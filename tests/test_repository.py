@@ -1,5 +1,6 @@
 """The repository itself: the lock, the Makefile, the stored notebooks, and what make decides to run."""
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -49,12 +50,32 @@ def locked_versions() -> dict[str, str]:
     return {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
 
 
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names that a file imports from outside its own package."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.split(".")[0] for name in names}
+
+
 def test_lock_pins_every_direct_dependency_within_its_bounds():
     locked = locked_versions()
     for dependency in direct_dependencies():
         version = locked.get(canonicalize_name(dependency.name))
         assert version, f"requirements.lock lacks {dependency.name}, which pyproject.toml names"
         assert dependency.specifier.contains(version), f"{dependency} excludes the locked version {version}"
+
+
+def test_every_imported_package_is_a_named_dependency():
+    """What only comes along with another package may be gone with its next version."""
+    named = {canonicalize_name(dependency.name) for dependency in direct_dependencies()}
+    providers = importlib.metadata.packages_distributions()
+    files = [path for folder in ("src", "tools", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+    known = sys.stdlib_module_names | {"patchsae"} | {path.stem for path in files}
+    for path in files:
+        for package in sorted(imported_packages(path) - known):
+            candidates = {canonicalize_name(name) for name in providers.get(package, [package])}
+            assert candidates & named, f"{path.name} imports {package}, which pyproject.toml does not name"
 
 
 def test_each_dependency_is_named_once():
@@ -68,28 +89,29 @@ def test_lock_has_one_line_a_package_and_nothing_for_one_machine_only():
     assert not [name for name in names if name.startswith(CUDA_ONLY)]
 
 
+def installed_as_locked() -> list[importlib.metadata.Distribution]:
+    """Installed packages in their locked versions; an interpreter given by PYTHON= may hold others."""
+    locked = locked_versions()
+    found = importlib.metadata.distributions()
+    return [d for d in found if locked.get(canonicalize_name(d.metadata["Name"])) == d.version.split("+")[0]]
+
+
 def test_lock_is_complete():
     """Whatever the locked packages need is locked too; followed through the installed packages."""
     locked = locked_versions()
-    for name in sorted(locked):
-        try:
-            lines = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an interpreter given by PYTHON= need not hold every tool
-        needed = [Requirement(line) for line in lines]
+    for package in installed_as_locked():
+        needed = [Requirement(line) for line in package.requires or []]
         needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
         missing = [r.name for r in needed if canonicalize_name(r.name) not in locked]
-        assert not [m for m in missing if not m.startswith(CUDA_ONLY)], f"{name} needs {missing}"
+        missing = [name for name in missing if not name.startswith(CUDA_ONLY)]
+        assert not missing, f"{package.metadata['Name']} needs {missing}"
 
 
 def test_lock_serves_every_python_that_pyproject_allows():
     """Some packages ask for a late bug-fix release of Python 3.11, which not every system has."""
-    for name in sorted(locked_versions()):
-        try:
-            allowed = importlib.metadata.metadata(name)["Requires-Python"] or ""
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        assert SpecifierSet(allowed).contains("3.11.0"), f"{name} needs Python {allowed}; lock an older one"
+    for package in installed_as_locked():
+        allowed = package.metadata["Requires-Python"] or ""
+        assert SpecifierSet(allowed).contains("3.11.0"), f"{package.metadata['Name']} needs Python {allowed}"
 
 
 # Makefile
