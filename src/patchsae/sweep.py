@@ -5,21 +5,25 @@ Rows are keyed by their settings and the model's weights; what is already in the
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pandas as pd
 
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import Profile, start
+from patchsae.config import ROOT, Profile, start
 from patchsae.datasets import open_dataset, templates
 from patchsae.fidelity import measure
-from patchsae.train import new_sae, run_key, train_sae
+from patchsae.train import committed_folder, new_sae, run_folder, run_key, train_sae
 
 #: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
 CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
            "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
            "class token only": {"tokens": "cls"}}
+#: These are factors on the profile's value, the others values.
 FACTORS = ("l1", "expansion")
+#: Autoencoders that other notebooks look into.
+KEPT = ("default", "layer", "class token")
 SEEDS = 3
 
 
@@ -37,6 +41,25 @@ def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
 def table_path(profile: Profile) -> Path:
     """The committed table."""
     return profile.data_dir / "table2.csv"
+
+
+def table2(profile: Profile) -> pd.DataFrame:
+    """The committed table: configuration, seed, key and what ``fidelity.measure`` gives."""
+    if not table_path(profile).is_file():
+        raise FileNotFoundError(f"There is no {table_path(profile)}; run make mini-artifacts, which trains its rows.")
+    return pd.read_csv(table_path(profile))
+
+
+def committed_row(profile: Profile, clip: Clip) -> pd.Series | None:
+    """The row of the committed table with exactly these settings, or None."""
+    table = pd.read_csv(table_path(profile)) if table_path(profile).is_file() else pd.DataFrame({"key": []})
+    found = table[(table["key"] == run_key(profile, clip)) & (table.get("configuration") != "random")]
+    return None if found.empty else found.iloc[0]
+
+
+def published(name: str) -> pd.DataFrame:
+    """A table as the paper prints it, from ``data/published_<name>.csv``."""
+    return pd.read_csv(ROOT / "data" / f"published_{name}.csv")
 
 
 def row(name: str, profile: Profile, clip: Clip, sae) -> dict:
@@ -66,11 +89,9 @@ def _sae(name: str, profile: Profile, clip: Clip):
     train = open_dataset(profile, profile.data.task, "train")
     if name == "random":
         return new_sae(profile, clip, train)
-    key = run_key(profile, clip)
-    folder = profile.run_dir / "sae" / key
-    sae, _ = train_sae(profile, clip, train, folder)
-    if name.startswith(("default", "layer", "class token")):
-        shutil.copytree(folder, profile.data_dir / "sae" / key, dirs_exist_ok=True)
+    sae, _ = train_sae(profile, clip, train, run_folder(profile, clip))
+    if name.startswith(KEPT):
+        shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
     return sae
 
 

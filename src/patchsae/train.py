@@ -113,7 +113,8 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
             z = _tokens(profile, clip, ds, training.steps_done)
             log.append(_log_row(training, z, training.step(z)))
             bar.update()
-            bar.set_postfix_str(f"mse {log[-1][1]:.2e}, L0 {log[-1][5]:.1f}, dead {log[-1][6]:.0%}, EV {log[-1][7]:.2f}")
+            now = dict(zip(LOG_COLUMNS, log[-1]))
+            bar.set_postfix_str("mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}".format(**now))
             if training.steps_done % profile.sae.save_every == 0:
                 _save(training, log, folder, key)
     finally:
@@ -131,18 +132,28 @@ def run_key(profile: Profile, clip: Clip) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
-def sae_folder(profile: Profile, clip: Clip) -> Path:
-    """Where the profile's autoencoder is: the committed one if these settings have one, else the run's own."""
-    committed = profile.data_dir / "sae" / run_key(profile, clip)
-    return committed if committed.is_dir() else profile.run_dir / "sae" / run_key(profile, clip)
+def run_folder(profile: Profile, clip: Clip) -> Path:
+    """Where the profile's own training goes."""
+    return profile.run_dir / "sae" / run_key(profile, clip)
+
+
+def committed_folder(profile: Profile, clip: Clip) -> Path:
+    """Where the committed autoencoder of exactly these settings would be."""
+    return profile.data_dir / "sae" / run_key(profile, clip)
+
+
+def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
+    """The log of the committed training of exactly these settings, or None."""
+    path = committed_folder(profile, clip) / "log.csv"
+    return pd.read_csv(path) if path.is_file() else None
 
 
 def trained_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
     """The profile's autoencoder: committed or trained before, else trained now on ``ds``."""
-    folder = sae_folder(profile, clip)
-    if not (folder / "sae.safetensors").is_file():
-        train_sae(profile, clip, ds, folder)
-    return SparseAutoencoder.from_pretrained(folder, clip.device)
+    for folder in (committed_folder(profile, clip), run_folder(profile, clip)):
+        if (folder / "sae.safetensors").is_file():
+            return SparseAutoencoder.from_pretrained(folder, clip.device)
+    return train_sae(profile, clip, ds, folder)[0]
 
 
 def _tokens(profile: Profile, clip: Clip, ds, step: int) -> torch.Tensor:
