@@ -73,7 +73,7 @@ def unshared_order(lat) -> Order:
     classes = counts.any(1).nonzero()[:, 0].tolist()
     lists = torch.zeros(counts.shape[1], dtype=torch.long)
     for label in classes:
-        leading = order(label)[:_list_length(counts)]
+        leading = order(label)[:min(LIST, counts.shape[1] // 4)]
         lists[leading] += counts[label, leading] > 0
     shared = 2 * lists > len(classes)
 
@@ -94,7 +94,7 @@ def matched_order(lat, seed: int, depth: int) -> Order:
     order, points = class_order(lat), _log_statistics(lat)
     n = len(points)
     near = cKDTree(points).query(points, min(n, LIST + 4 * ALIKE))[1].astype(np.int32)
-    own = _list_length(torch.as_tensor(lat.class_counts))
+    own = min(LIST, n // 4)
 
     def matched(label: int) -> torch.Tensor:
         ranking, rng = order(label).numpy(), np.random.default_rng([seed, label])
@@ -103,17 +103,14 @@ def matched_order(lat, seed: int, depth: int) -> Order:
         for latent in ranking[:min(depth, n - own)]:
             alike = near[latent][free[near[latent]]][:ALIKE]
             if not len(alike):
-                alike = _nearest(points, latent, np.flatnonzero(free))
+                distance = np.where(free, np.square(points - points[latent]).sum(1), np.inf)
+                alike = np.argsort(distance, kind="stable")[:min(ALIKE, free.sum())]
             chosen.append(alike[rng.integers(len(alike))])
             free[chosen[-1]] = False
         rest = ranking[~np.isin(ranking, chosen)]
         return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), rest]))
 
     return matched
-
-
-def _list_length(counts: torch.Tensor) -> int:
-    return min(LIST, counts.shape[1] // 4)
 
 
 def _log_statistics(lat) -> np.ndarray:
@@ -125,11 +122,6 @@ def _log_statistics(lat) -> np.ndarray:
         logs = torch.where(alive[:, None], logs, logs[alive].amin(0) - 10)
         logs /= logs[alive].std(0, correction=0).clamp_min(1e-6)
     return logs.numpy()
-
-
-def _nearest(points: np.ndarray, latent: int, among: np.ndarray) -> np.ndarray:
-    distance = np.square(points[among] - points[latent]).sum(1)
-    return among[np.argsort(distance, kind="stable")[:ALIKE]]
 
 
 def wrong_classes(classes: Sequence[int], seed: int) -> dict[int, int]:
@@ -249,17 +241,9 @@ class Setup(NamedTuple):
     add_error: bool
 
 
-class LogitBatch(NamedTuple):
-    """``logits [B,arms,2+2J,C]`` (original, spliced, on k_1..k_J, off k_1..k_J), ``labels`` and ``ids``."""
-
-    logits: torch.Tensor
-    labels: list[int]
-    ids: list
-
-
 @torch.no_grad()
-def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> Iterator[LogitBatch]:
-    """Classify the images of ``setup.classes`` under every condition: one pass over the data set, in order."""
+def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> Iterator[tuple]:
+    """Classify the images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
     clip, classes = setup.clip, setup.classes
     wanted = torch.zeros(len(setup.text), dtype=torch.bool)
     wanted[classes] = True
@@ -269,11 +253,11 @@ def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> 
         if len(rows):
             labels = batch.labels[rows].tolist()
             logits = batch_logits(setup, clip.below(batch.pixels[rows.to(clip.device)], setup.layer), labels)
-            yield LogitBatch(logits, labels, [batch.ids[i] for i in rows.tolist()])
+            yield logits.cpu(), labels, [batch.ids[i] for i in rows.tolist()]
 
 
 def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
-    """Logits of images ``[B,T,D]`` under every condition: ``[B,arms,2+2J,C]``."""
+    """Logits of images ``[B,T,D]``, original, spliced, on k_1..k_J and off k_1..k_J: ``[B,arms,2+2J,C]``."""
     original = _classify(setup, z[:, None])
     predicted = torch.tensor(setup.classes)[original[:, 0, setup.classes].argmax(1).cpu()].tolist()
     group = max(1, DENSE // (z.shape[1] * setup.sae.n_latents))
@@ -355,24 +339,26 @@ def _checked(sae, lat, text, ks, ranking) -> list[int]:
     return ks
 
 
-def _class_rows(batches: Iterator[LogitBatch], conditions: pd.DataFrame) -> pd.DataFrame:
+def _class_rows(batches: Iterator[tuple], conditions: pd.DataFrame) -> pd.DataFrame:
     """Count the correct predictions per condition and class."""
-    n, correct = collections.Counter(), collections.defaultdict(int)
-    for batch in batches:
-        n.update(batch.labels)
-        for label, row in zip(batch.labels, batch.logits.argmax(-1).flatten(1).cpu().numpy()):
-            correct[label] = correct[label] + (row == label)
+    n, correct = collections.Counter(), collections.Counter()
+    for logits, labels, _ in batches:
+        n.update(labels)
+        for label, predictions in zip(labels, logits.argmax(-1).flatten(1).numpy()):
+            correct[label] = correct[label] + (predictions == label)
     tables = [conditions.assign(**{"class": label, "n": n[label], "correct": correct[label]}) for label in sorted(n)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _image_rows(batches: Iterator[LogitBatch], conditions: pd.DataFrame, keep_logits: bool) -> pd.DataFrame:
+def _image_rows(batches: Iterator[tuple], conditions: pd.DataFrame, keep_logits: bool) -> pd.DataFrame:
     """One row per image and condition."""
     tables = []
-    for ids, labels, logits in ((batch.ids, batch.labels, batch.logits.flatten(1, 2).cpu()) for batch in batches):
-        for id, label, rows in zip(ids, labels, logits):
-            table = conditions.assign(id=id, label=label, prediction=rows.argmax(-1).numpy())
-            tables.append(table.assign(logits=list(rows.numpy())) if keep_logits else table)
+    for logits, labels, ids in batches:
+        table = pd.concat([conditions] * len(ids), ignore_index=True)
+        table.insert(0, "id", np.repeat(np.array(ids, dtype=object), len(conditions)))
+        table.insert(1, "label", np.repeat(labels, len(conditions)))
+        table["prediction"] = logits.argmax(-1).flatten().numpy()
+        tables.append(table.assign(logits=list(logits.flatten(0, 2).numpy())) if keep_logits else table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -393,9 +379,10 @@ def correctness(images: pd.DataFrame, pool_seeds: bool = False) -> pd.DataFrame:
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """95 % percentile intervals of means over images: ``[N,K] -> ([K], [K])``, the same draws in every column."""
     rng, n, means = np.random.default_rng(seed), len(values), []
-    for _ in range(draws):
-        means.append(np.bincount(rng.integers(0, n, n), minlength=n) @ values / n)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    for start in range(0, draws, 64):
+        counts = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(min(64, draws - start))]
+        means.append(np.array(counts, float) @ values / n)
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
     return low, high
 
 

@@ -50,7 +50,12 @@ def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> It
 def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str = "") -> Iterator[TokenBatch]:
     """The tokens of every image once, in order."""
     for batch in pixel_batches(clip, ds, batch_images, title):
-        yield TokenBatch(clip.below(batch.pixels, layer), *batch[1:])
+        z = clip.below(batch.pixels, layer)
+        if not z.isfinite().all():
+            bad = int((~z.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) gives tokens that are not finite; "
+                             "check its pixels and the model's weights.")
+        yield TokenBatch(z, *batch[1:])
 
 
 def epoch_rows(n: int, epoch: int, seed: int) -> np.ndarray:
@@ -64,6 +69,8 @@ def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray
     A function of its arguments, so that a resumed run goes on with the batch it would have had. Every image is
     used once per epoch; a batch may straddle two epochs.
     """
+    if n == 0:
+        raise ValueError("The data set is empty; give one with at least one image.")
     places = np.arange(step * batch_images, (step + 1) * batch_images)
     epochs = {int(e): epoch_rows(n, int(e), seed) for e in np.unique(places // n)}
     return np.array([epochs[int(p // n)][p % n] for p in places])

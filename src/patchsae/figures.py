@@ -81,9 +81,10 @@ def training_curves(log: pd.DataFrame) -> Figure:
     need(log, "training log", "step", "mse", "l1", "ghost", "total", "l0", "dead", "ev")
     figure = new_figure(PAGE, 1.75)
     axes = figure.subplots(1, 4)
-    terms = {"total": INK, "mse": BLUE, "l1": ORANGE, "ghost": GREEN}
-    for term, colour in terms.items():
-        axes[0].plot(log["step"], log[term].where(log[term] > 0), color=colour, label=term)
+    terms = (("total", "total", INK), ("mse", "MSE", BLUE), ("l1", "$L_1$", ORANGE),
+             ("ghost", "ghost", GREEN))
+    for term, label, colour in terms:
+        axes[0].plot(log["step"], log[term].where(log[term] > 0), color=colour, label=label)
     axes[0].set_yscale("log")
     axes[0].set_ylim(top=8 * log["total"].max())
     axes[0].legend(ncols=2, columnspacing=0.9, loc="upper right")
@@ -171,10 +172,11 @@ def probe_table(table: pd.DataFrame) -> Figure:
     axes = figure.subplots(1, len(concepts), sharey=True, squeeze=False)[0]
     for panel, concept in zip(axes, concepts):
         means = table[table["concept"] == concept].groupby(["tokens", "layer"])[["accuracy", "chance"]].mean()
-        for tokens, colour, marker in (("patch", BLUE, "o"), ("class", ORANGE, "s")):
+        for tokens, label, colour, marker in (("patch", "patch tokens", BLUE, "o"),
+                                              ("class", "class token", ORANGE, "s")):
             if tokens in means.index:
                 line = means.loc[tokens, "accuracy"]
-                panel.plot(line.index, line, color=colour, marker=marker, ms=3, label=f"{tokens} tokens")
+                panel.plot(line.index, line, color=colour, marker=marker, ms=3, label=label)
         chance = means["chance"].groupby("layer").mean()
         panel.plot(chance.index, chance, color=GREY, lw=0.9, ls=(0, (3, 2)), label="chance")
         panel.set(title=concept, xlabel="layer")
@@ -229,7 +231,7 @@ def scatter_panels(panels: Mapping[str, pd.DataFrame]) -> Figure:
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     highest = max(stats["label_entropy"].max() for stats in panels.values())
     for panel, (title, stats) in zip(axes, panels.items()):
-        points = _points(panel, stats, highest)
+        points = _points(panel, stats, highest, area=7 if len(panels) < 3 else 2.5)
         panel.set_title(title)
         panel.label_outer()
     figure.colorbar(points, ax=axes, label="label entropy", aspect=28, pad=0.01).outline.set_visible(False)
@@ -242,10 +244,10 @@ def _alive(stats: pd.DataFrame) -> pd.DataFrame:
     return alive.assign(x=np.log10(alive["frequency"]), y=np.log10(alive["mean_activation"]))
 
 
-def _points(axes: Axes, stats: pd.DataFrame, highest: float):
-    """Draw the latents; those without an entropy lie below the others."""
+def _points(axes: Axes, stats: pd.DataFrame, highest: float, area: float = 7):
+    """Draw the latents as points of at most this area; those without an entropy lie below the others."""
     alive = _alive(stats)
-    size, known = float(np.clip(9000 / max(1, len(alive)), 0.7, 7)), alive["label_entropy"].notna()
+    size, known = float(np.clip(9000 / max(1, len(alive)), 0.1 * area, area)), alive["label_entropy"].notna()
     # Rasterised: tens of thousands of vector points make a pdf of megabytes.
     common = {"s": size, "linewidths": 0, "rasterized": True}
     axes.scatter(alive["x"][~known], alive["y"][~known], color=PALE, **common)
@@ -253,8 +255,8 @@ def _points(axes: Axes, stats: pd.DataFrame, highest: float):
     points = axes.scatter(shown["x"], shown["y"], c=shown["label_entropy"], vmin=0, vmax=highest, **common)
     axes.set(xlabel="$\\log_{10}$ frequency", ylabel="$\\log_{10}$ mean activation")
     if silent := len(stats) - len(alive):
-        axes.text(0.98, 0.02, f"{silent:,} of {len(stats):,} never fire", transform=axes.transAxes,
-                  ha="right", fontsize=6, color=GREY)
+        axes.text(0.02, 0.99, f"{silent:,} of {len(stats):,} never fire", transform=axes.transAxes,
+                  va="top", fontsize=6, color=GREY)
     return points
 
 

@@ -20,9 +20,11 @@ CHOSEN = 2
 def schematic_overview(images: Sequence[np.ndarray] | None = None) -> Figure:
     """Fig. 1: an autoencoder reads every token of a layer; adaptation maps the same concepts to classes anew.
 
-    ``images``: uint8 ``[H, W, 3]``, the scene to look at and up to four reference images.
+    ``images``: uint8 ``[H, W, 3]``, in this order: the scene to look at, four reference images of one
+    latent and the scene's soft mask for it. What is missing is drawn.
     """
     images = _scenes(images, 5)
+    mask = images[5] if len(images) > 5 else _soft_mask(images[0])
     figure, axes = _sheet(PAGE, 3.5)
     _heading(axes, 0.05, 3.45, "a", "What a layer of CLIP has learnt")
     _image(axes, 0.08, 2.15, 0.92, images[0], grid=4)
@@ -47,16 +49,16 @@ def schematic_overview(images: Sequence[np.ndarray] | None = None) -> Figure:
     _label(axes, 3.06, 1.6, "one latent,\none concept", ha="right", va="center", color=RED)
     for i, image in enumerate(images[1:5]):
         _image(axes, 3.16 + 0.53 * i, 1.35, 0.48, image)
-    _image(axes, 5.62, 1.35, 0.48, _soft_mask(images[0]), grid=4)
+    _image(axes, 5.62, 1.35, 0.48, mask)
     _label(axes, 4.2, 1.3, "its reference images")
     _label(axes, 5.86, 1.3, "where it fires")
-    _heading(axes, 0.05, 1.2, "b", "What adaptation changes")
+    _heading(axes, 0.05, 1.24, "b", "What adaptation changes")
     before = (0, 0), (1, 0), (1, 1), (2, 1), (2, 2)
-    _mapping(axes, 0.1, 0.05, "CLIP", before, before)
-    _label(axes, 3.375, 0.62, "same concepts", va="center")
-    _arrow(axes, (3.0, 0.5), (3.75, 0.5))
-    _label(axes, 3.375, 0.38, "new mapping", va="center", color=GREEN)
-    _mapping(axes, 3.75, 0.05, "adapted", ((0, 0), (0, 2), (1, 0), (2, 1), (2, 2), (1, 2)), before)
+    _mapping(axes, 0.1, 0.0, "CLIP", before, before)
+    _label(axes, 3.375, 0.54, "same concepts", va="center")
+    _arrow(axes, (3.0, 0.42), (3.75, 0.42))
+    _label(axes, 3.375, 0.3, "new mapping", va="center", color=GREEN)
+    _mapping(axes, 3.75, 0.0, "adapted", ((0, 0), (0, 2), (1, 0), (2, 1), (2, 2), (1, 2)), before)
     return figure
 
 
@@ -97,7 +99,7 @@ def schematic_ablation(images: Sequence[np.ndarray] | None = None) -> Figure:
 
     ``images``: uint8 ``[H, W, 3]``, the scene to classify.
     """
-    figure, axes = _sheet(PAGE, 2.2)
+    figure, axes = _sheet(PAGE, 2.1)
     _image(axes, 0.05, 0.85, 0.75, _scenes(images, 1)[0], grid=4)
     _arrow(axes, (0.84, 1.22), (0.98, 1.22))
     _box(axes, 1.02, 0.9, 0.62, 0.65, "blocks\n1 to $\\ell$,\nencode", GREY)
@@ -204,7 +206,7 @@ def _image(axes: Axes, x: float, y: float, side: float, image: np.ndarray, grid:
 def _mapping(axes: Axes, x: float, y: float, name: str, edges: Sequence[tuple[int, int]],
              before: Sequence[tuple[int, int]]) -> None:
     """Concepts at the left, classes at the right, and which speaks for which; green is new."""
-    _label(axes, x + 1.4, y + 1.02, name, weight="bold")
+    _label(axes, x + 1.4, y + 0.97, name, weight="bold")
     heights = [y + 0.72 - 0.3 * i for i in range(3)]
     for concept, label in edges:
         colour, width = (GREEN, 1.8) if (concept, label) not in before else (PALE, 1.6)
@@ -229,8 +231,8 @@ def _scenes(images: Sequence[np.ndarray] | None, count: int) -> list[np.ndarray]
 
 
 def _soft_mask(image: np.ndarray) -> np.ndarray:
-    """An image seen through a mask of 4 x 4 patches, brightest at its centre."""
-    weights = np.outer((0.15, 0.9, 1, 0.3), (0.15, 1, 0.9, 0.2))
+    """An image through a mask of 4 x 4 patches, brightest at the left, where the drawn scene has its disc."""
+    weights = np.outer((0.1, 0.8, 1, 0.4), (0.9, 1, 0.2, 0.1))
     rows = np.arange(image.shape[0]) * 4 // image.shape[0]
     columns = np.arange(image.shape[1]) * 4 // image.shape[1]
     return (image * weights[rows][:, columns, None]).astype(np.uint8)
