@@ -123,6 +123,12 @@ def test_files_hold_neither_date_nor_version(tmp_path):
         assert b"atplotlib v" not in (tmp_path / file).read_bytes()
 
 
+def test_notebook_shows_a_figure_once():
+    figure = figures.schematic_autoencoder()
+    figure._ipython_display_()
+    assert not plt.fignum_exists(figure.number)
+
+
 def test_table_is_plain_csv(tmp_path):
     table = pd.DataFrame({"latent": [1], "value": [1 / 3]})
     figures.save(figures.training_curves(LOG), _profile(tmp_path), "curves", table)

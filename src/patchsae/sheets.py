@@ -86,9 +86,7 @@ def image_rows(rows: Sequence[Row], size: float = 0.62) -> Figure:
     left = _title_column(filled(rows, "rows of images"))
     many = max(len(row.images) for row in rows)
     size = min(size, (PAGE - left) / many - GAP)
-    # Title and caption need their height, however small the pictures are.
-    lines = max(row.caption.count(", ") + 1 if row.caption else 0 for row in rows)
-    pitch = max(size, 0.16 + CAPTION_LINE * lines) + 0.07
+    pitch = _pitch(rows, size)
     figure = new_figure(left + many * (size + GAP), len(rows) * pitch, layout=None)
     for index, row in enumerate(rows):
         top = index * pitch + 0.035
@@ -106,6 +104,12 @@ def _title_column(rows: Sequence) -> float:
     return 0.12 + max(text_width([row.title for row in rows], 7, "bold"), text_width(captions, 6))
 
 
+def _pitch(rows: Sequence, size: float) -> float:
+    """Inches from row to row: titles and captions need their height, however small the pictures are."""
+    lines = max(row.caption.count(", ") + 1 if row.caption else 0 for row in rows)
+    return max(size, 0.18 + CAPTION_LINE * lines) + 0.07
+
+
 def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> Figure:
     """Patch heat maps and soft masks (figs. 2, 4, 9): a latent a row, in ``columns`` blocks side by side.
 
@@ -115,7 +119,7 @@ def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> 
     height = -(-len(filled(rows, "rows of masks")) // columns)
     left = _title_column(rows)
     size = min(size, (PAGE / columns - left) / 3 - GAP)
-    block, pitch = left + 3 * (size + GAP) + 0.1, size + 0.07
+    block, pitch = left + 3 * (size + GAP) + 0.1, _pitch(rows, size)
     figure = new_figure(columns * block - 0.1, 0.22 + height * pitch + 0.26, layout=None)
     for index, row in enumerate(rows):
         start, top = index // height * block, 0.22 + index % height * pitch
@@ -143,7 +147,7 @@ def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray],
     need(table, "style pair", "image", "latent", "activation")
     if len(images) != 2 or not set(images) <= set(table["image"]):
         raise ValueError(f"The pair needs two images named in the table's column image, not {list(images)}.")
-    figure = new_figure(PAGE, 2.62, layout=None)
+    figure = new_figure(PAGE, max(2.62, 0.2 + 0.82 * len(latents)), layout=None)
     of = {name: table[table["image"] == name] for name in images}
     shared = set.intersection(*(set(rows["latent"]) for rows in of.values()))
     letters = {chosen.latent: chr(ord("a") + i) for i, chosen in enumerate(latents)}
@@ -166,15 +170,15 @@ def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray],
 
 def _bars(axes: Axes, rows: pd.DataFrame, shared: set, colour: str, letters: Mapping[int, str]) -> None:
     """Bars of one image of :func:`style_pair`, shared latents in blue, chosen ones with their letters."""
-    place, values = np.arange(len(rows)), rows["activation"].to_numpy()
+    slots, values = np.arange(len(rows)), rows["activation"].to_numpy()
     colours = [BLUE if latent in shared else colour for latent in rows["latent"]]
-    axes.bar(place, values, 0.72, color=colours)
-    axes.set_xticks(place, rows["latent"], rotation=90, fontsize=6)
+    axes.bar(slots, values, 0.72, color=colours)
+    axes.set_xticks(slots, rows["latent"], rotation=90, fontsize=6)
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.set_ylabel("activation", labelpad=2)
     axes.set_ylim(0, 1.15 * values.max())
-    for x, latent, value in zip(place, rows["latent"], values):
+    for x, latent, value in zip(slots, rows["latent"], values):
         if latent in letters:
             axes.annotate(letters[latent], (x, value), (0, 1.5), textcoords="offset points", ha="center",
                           weight="bold")
