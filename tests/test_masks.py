@@ -1,0 +1,198 @@
+"""Heat maps, soft masks and average precision against loops over patches, pixels and thresholds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYER, SIDE, WIDTH, random_clip_model, random_sae
+
+from patchsae.clip import Clip
+from patchsae.datasets import SceneDataset
+from patchsae.masks import (
+    average_precision,
+    concept_list,
+    enlarge,
+    heat_maps,
+    latent_concept_scores,
+    overlap,
+    patch_concepts,
+    soft_mask,
+)
+from patchsae.scenes import CONCEPTS, KINDS
+
+
+@pytest.fixture(scope="module")
+def wide_clip():
+    """Three by three patches, so that rows and columns cannot be mixed up unseen."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = random_clip_model().config.to_dict()
+    config["vision_config"] |= {"image_size": 24, "patch_size": 8}
+    torch.manual_seed(3)
+    return Clip(CLIPModel(CLIPConfig(**config)))
+
+
+def test_heat_maps_are_the_patch_tokens_in_reading_order(wide_clip):
+    sae, latents = random_sae(WIDTH, 20), [7, 0, 19]
+    pixels = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    heat = np.asarray(heat_maps(wide_clip, sae, pixels, LAYER, latents))
+    assert heat.shape == (4, 3, 3, 3)
+    with torch.no_grad():
+        h = sae.encode(wide_clip.below(pixels, LAYER))
+    for b, i, row, column in np.ndindex(4, 3, 3, 3):
+        expected = h[b, 1 + 3 * row + column, latents[i]].item()
+        assert heat[b, i, row, column] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_heat_maps_do_not_depend_on_the_batch_and_leave_out_extra_tokens(clip):
+    class Prompted(Clip):
+        def below(self, pixels, layer):
+            z = super().below(pixels, layer)
+            return torch.cat([z, torch.ones_like(z[:, :2])], 1)
+
+    sae = random_sae(WIDTH, 20)
+    pixels = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    together = np.asarray(heat_maps(clip, sae, pixels, LAYER, [2, 3]))
+    single = np.concatenate(
+        [np.asarray(heat_maps(clip, sae, pixels[i : i + 1], LAYER, [2, 3])) for i in range(5)]
+    )
+    np.testing.assert_allclose(together, single, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        together,
+        np.asarray(heat_maps(Prompted(clip.model), sae, pixels, LAYER, [2, 3])),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_enlarge_repeats_patches():
+    heat = np.arange(6.0).reshape(2, 3)[:, :2] + 0.5
+    large = enlarge(heat, 8)
+    assert large.shape == (8, 8)
+    for y, x in np.ndindex(8, 8):
+        assert large[y, x] == heat[y // 4, x // 4]
+
+
+def test_soft_mask_multiplies_every_pixel_by_its_patch():
+    rng = np.random.default_rng(0)
+    image, heat = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), rng.random((3, 3)) * 7 + 2
+    masked = np.asarray(soft_mask(image, heat))
+    low, high = heat.min(), heat.max()
+    assert masked.shape == image.shape
+    scale = 1 if masked.dtype == np.uint8 else (255 if masked.max() <= 1 else 1)
+    for y, x, c in np.ndindex(12, 12, 3):
+        expected = image[y, x, c] * (heat[y // 4, x // 4] - low) / (high - low)
+        assert float(masked[y, x, c]) * scale == pytest.approx(expected, abs=1.0)
+    assert not masked[np.kron(heat == low, np.ones((4, 4))) > 0].any()
+    assert np.array_equal(
+        masked[np.kron(heat == high, np.ones((4, 4))) > 0], image[np.kron(heat == high, np.ones((4, 4))) > 0]
+    )
+
+
+def test_soft_mask_of_a_flat_map_has_no_nan():
+    image = np.full((8, 8, 3), 200, np.uint8)
+    assert np.array_equal(soft_mask(image, np.full((2, 2), 3.0)), image)
+    assert not np.asarray(soft_mask(image, np.zeros((2, 2)))).any()
+
+
+def naive_average_precision(scores, positive):
+    """One threshold after the other: take everything at or above it, look at precision and recall."""
+    if not positive.any():
+        return math.nan
+    scores = np.maximum(scores, 0)
+    area, before = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        taken = [p for s, p in zip(scores, positive) if s >= threshold]
+        precision, recall = sum(taken) / len(taken), sum(taken) / positive.sum()
+        area += (recall - before) * precision
+        before = recall
+    return area
+
+
+def scored(seed, n, levels):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=n) if levels is None else rng.integers(-2, levels, n).astype(float)
+    positives = rng.random((n, 6)) < rng.random(6)
+    positives[:, 4], positives[:, 5] = False, True
+    return scores, positives
+
+
+@pytest.mark.parametrize(
+    "n, levels", [(1, None), (2, 1), (50, None), (50, 3), (50, 1), (200, 12), (200, None)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_equals_the_thresholds(n, levels, seed):
+    scores, positives = scored(seed, n, levels)
+    found = average_precision(scores, positives)
+    assert found.shape == (6,)
+    expected = [naive_average_precision(scores, positives[:, c]) for c in range(6)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    assert math.isnan(found[4]) and found[5] == pytest.approx(1)
+
+
+def test_average_precision_by_hand_and_without_order():
+    positives = np.array([[1, 0], [0, 1], [1, 0], [0, 0]], bool)
+    np.testing.assert_allclose(
+        average_precision(np.array([4.0, 3, 2, 1]), positives), [0.5 + 0.5 * 2 / 3, 0.5]
+    )
+    np.testing.assert_allclose(
+        average_precision(np.zeros(4), positives), [0.5, 0.25]
+    )  # silent: the base rate
+    np.testing.assert_allclose(average_precision(np.array([0.0, -1, -2, 0]), positives), [0.5, 0.25])
+    scores, many = scored(0, 100, 4)
+    order = np.random.default_rng(1).permutation(100)
+    np.testing.assert_allclose(average_precision(scores, many), average_precision(scores[order], many[order]))
+    np.testing.assert_allclose(
+        average_precision(scores, many), average_precision(np.exp(scores) - np.exp(0), many)
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_latent_concept_scores_are_the_average_precision_of_each_pair(chunk):
+    sae, rng = random_sae(WIDTH, 20, bias=-0.5), np.random.default_rng(0)
+    with torch.no_grad():
+        sae.b_enc[4] = -1e3
+    z = torch.from_numpy(rng.normal(size=(60, WIDTH)).astype(np.float32))
+    positives = rng.random((60, 5)) < 0.3
+    positives[:, 2] = False
+    found = np.asarray(latent_concept_scores(z, sae, positives, chunk=chunk))
+    assert found.shape == (20, 5)
+    with torch.no_grad():
+        h = sae.encode(z).numpy()
+    for s, c in np.ndindex(20, 5):
+        assert found[s, c] == pytest.approx(
+            naive_average_precision(h[:, s], positives[:, c]), rel=1e-5, nan_ok=True
+        )
+    assert found[4, 0] == pytest.approx(positives[:, 0].mean())
+
+
+def test_concepts_of_patches_equal_a_count_of_pixels():
+    ds = SceneDataset("nouns", "test", 6)
+    rows = [4, 0]
+    found, names = patch_concepts(ds, rows), concept_list()
+    assert found.shape == (2, 64, len(names)) and found.dtype == bool
+    assert [name for _, name in names] == [name for kind in KINDS for name in CONCEPTS[kind]]
+    for i, row in enumerate(rows):
+        maps = ds.scene(row).maps
+        for patch, (c, (kind, name)) in ((p, cn) for p in range(64) for cn in enumerate(names)):
+            y, x = 8 * (patch // 8), 8 * (patch % 8)
+            plane = maps[KINDS.index(kind), y : y + 8, x : x + 8]
+            assert found[i, patch, c] == ((plane == CONCEPTS[kind].index(name)).sum() >= 16), (
+                row,
+                patch,
+                kind,
+                name,
+            )
+    assert concept_list(("style",)) == [("style", "photo"), ("style", "sketch")]
+    np.testing.assert_array_equal(
+        patch_concepts(ds, rows, ("style",)), found[:, :, [n[0] == "style" for n in names]]
+    )
+
+
+def test_overlap():
+    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    assert math.isnan(overlap(a, b))
+    a[:2], b[1:3] = True, True
+    assert overlap(a, b) == pytest.approx(4 / 12) == overlap(b, a)
+    assert overlap(a, a) == 1.0 and overlap(a, ~a) == 0.0
