@@ -27,12 +27,26 @@ def _one_thread():
 
 def random_clip_model(seed=0, blocks=4, attention="eager", vocabulary=600):
     """A ``CLIPModel`` with random weights, large enough that no two tokens look alike."""
-    shape = {"hidden_size": WIDTH, "intermediate_size": 24, "num_attention_heads": 3, "projection_dim": 8,
-             "num_hidden_layers": blocks}
-    text = shape | {"vocab_size": vocabulary, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
-                    "eos_token_id": 3}
-    config = CLIPConfig(text_config=text, vision_config=shape | {"image_size": SIDE, "patch_size": 8},
-                        projection_dim=8, attn_implementation=attention)
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 24,
+        "num_attention_heads": 3,
+        "projection_dim": 8,
+        "num_hidden_layers": blocks,
+    }
+    text = shape | {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+    }
+    config = CLIPConfig(
+        text_config=text,
+        vision_config=shape | {"image_size": SIDE, "patch_size": 8},
+        projection_dim=8,
+        attn_implementation=attention,
+    )
     torch.manual_seed(seed)
     model = CLIPModel(config)
     for weight in model.parameters():
@@ -70,8 +84,16 @@ def image_data():
 @pytest.fixture
 def profile():
     """The mini profile with everything made tiny."""
-    return load_profile("mini").with_sae(expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2,
-                                         l1=0.02, learning_rate=0.01)
+    return load_profile("mini").with_sae(
+        expansion=3,
+        batch_images=4,
+        steps=12,
+        save_every=4,
+        warmup=5,
+        dead_after=2,
+        l1=0.02,
+        learning_rate=0.01,
+    )
 
 
 def random_sae(d_model=WIDTH, n_latents=20, seed=0, bias=0.0, dtype=None):
@@ -79,9 +101,12 @@ def random_sae(d_model=WIDTH, n_latents=20, seed=0, bias=0.0, dtype=None):
     dtype = dtype or torch.get_default_dtype()
     numbers = np.random.default_rng(seed)
     sae = SparseAutoencoder(d_model, n_latents).to(dtype)
-    values = {"W_enc": numbers.normal(size=(d_model, n_latents)) / d_model**0.5,
-              "b_enc": numbers.normal(size=n_latents) * 0.3 + bias,
-              "W_dec": numbers.normal(size=(n_latents, d_model)), "b_dec": numbers.normal(size=d_model) * 0.5}
+    values = {
+        "W_enc": numbers.normal(size=(d_model, n_latents)) / d_model**0.5,
+        "b_enc": numbers.normal(size=n_latents) * 0.3 + bias,
+        "W_dec": numbers.normal(size=(n_latents, d_model)),
+        "b_dec": numbers.normal(size=d_model) * 0.5,
+    }
     with torch.no_grad():
         for name, value in values.items():
             getattr(sae, name).copy_(torch.from_numpy(value))

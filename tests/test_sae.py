@@ -1,4 +1,4 @@
-"""The autoencoder and its loss against loops that spell the formulas out, token by token and number by number."""
+"""The autoencoder and its loss against loops that spell the formulas out, one token and number at a time."""
 
 import math
 
@@ -29,7 +29,9 @@ def numbers_of(sae):
 def loop_forward(p, token):
     """pre [S], h [S], z_hat [D] of one token, one number at a time."""
     d, s = p["W_enc"].shape
-    pre = [sum((token[i] - p["b_dec"][i]) * p["W_enc"][i, j] for i in range(d)) + p["b_enc"][j] for j in range(s)]
+    pre = [
+        sum((token[i] - p["b_dec"][i]) * p["W_enc"][i, j] for i in range(d)) + p["b_enc"][j] for j in range(s)
+    ]
     h = [value if value > 0 else 0.0 for value in pre]
     z_hat = [sum(h[j] * p["W_dec"][j, i] for j in range(s)) + p["b_dec"][i] for i in range(d)]
     return pre, h, z_hat
@@ -86,7 +88,9 @@ def twin_loss(p, tokens, lam, dead):
             g = g * ((r**2).sum().sqrt() / (2 * (g**2).sum().sqrt() + 1e-6)).detach()
             q = (g - r) ** 2 / (r**2).sum().sqrt()
             ghost.append(q * (m / (q + 1e-6)).detach())
-    return torch.stack(mse).mean() + lam * torch.stack(l1).mean() + (torch.stack(ghost).mean() if ghost else 0.0)
+    return (
+        torch.stack(mse).mean() + lam * torch.stack(l1).mean() + (torch.stack(ghost).mean() if ghost else 0.0)
+    )
 
 
 def make(seed=0, n=7, d=5, s=9, n_dead=3):
@@ -125,7 +129,9 @@ def test_any_number_of_leading_dimensions(lead):
 
 
 def test_new_autoencoder():
-    first, again, other = (SparseAutoencoder(8, 24, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        SparseAutoencoder(8, 24, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
     shapes = {"W_enc": (8, 24), "b_enc": (24,), "W_dec": (24, 8), "b_dec": (8,)}
     assert {name: tuple(p.shape) for name, p in first.named_parameters()} == shapes
     assert all(torch.equal(getattr(first, n), getattr(again, n)) for n in NAMES)
@@ -152,8 +158,12 @@ def test_parallel_gradient_is_removed_and_nothing_else():
     sae.remove_parallel_gradient()
     for j in range(len(rows)):
         along = float(gradient[j] @ rows[j])
-        torch.testing.assert_close(sae.W_dec.grad[j].double(), gradient[j] - along * rows[j], rtol=1e-5, atol=1e-8)
-    assert float((sae.W_dec.grad * sae.W_dec.detach()).sum(1).abs().max()) < 1e-6 * float(gradient.abs().max())
+        torch.testing.assert_close(
+            sae.W_dec.grad[j].double(), gradient[j] - along * rows[j], rtol=1e-5, atol=1e-8
+        )
+    assert float((sae.W_dec.grad * sae.W_dec.detach()).sum(1).abs().max()) < 1e-6 * float(
+        gradient.abs().max()
+    )
     assert all(torch.equal(getattr(sae, name).grad, value) for name, value in others.items())
 
 
@@ -165,8 +175,9 @@ def test_every_term_equals_the_loop(double, seed):
     sae, z, dead = make(seed)
     losses = sae_loss(sae, z, l1=0.03, dead=dead)
     (mse, l1, ghost), _ = loop_loss(numbers_of(sae), z.tolist(), 0.03, dead.tolist())
-    np.testing.assert_allclose([losses.mse.item(), losses.l1.item(), losses.ghost.item()], [mse, l1, ghost],
-                               rtol=1e-12)
+    np.testing.assert_allclose(
+        [losses.mse.item(), losses.l1.item(), losses.ghost.item()], [mse, l1, ghost], rtol=1e-12
+    )
     assert losses.total.item() == pytest.approx(mse + l1 + ghost, rel=1e-12)
     torch.testing.assert_close(losses.h, sae.encode(z))
     torch.testing.assert_close(losses.z_hat, sae.decode(losses.h))
@@ -215,7 +226,10 @@ def test_gradients_equal_central_differences(double, seed):
                 p[name][at] = value + sign * step
                 sides.append(sum(loop_loss(p, tokens, 0.05, dead.tolist(), frozen)[0]))
             p[name][at] = value
-            assert analytic[at] == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-6, abs=1e-9), (name, at)
+            assert analytic[at] == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-6, abs=1e-9), (
+                name,
+                at,
+            )
 
 
 @pytest.mark.parametrize("dead_as", ["none", "some", "all"])
@@ -233,7 +247,11 @@ def test_ghost_moves_dead_latents_and_no_others(double):
     sae, z, dead = make(seed=2)
     sae_loss(sae, z, dead=dead).ghost.backward()
     assert sae.W_enc.grad[:, dead].abs().min() > 0 and sae.W_dec.grad[dead].abs().min() > 0
-    assert not sae.W_enc.grad[:, ~dead].any() and not sae.b_enc.grad[~dead].any() and not sae.W_dec.grad[~dead].any()
+    assert (
+        not sae.W_enc.grad[:, ~dead].any()
+        and not sae.b_enc.grad[~dead].any()
+        and not sae.W_dec.grad[~dead].any()
+    )
 
 
 def test_ghost_uses_the_pre_activation_not_the_activation(double):
@@ -252,8 +270,13 @@ def test_ghost_uses_the_pre_activation_not_the_activation(double):
 
 
 def test_mse_divides_by_the_norm_not_its_square(double):
-    sae = set_sae(random_sae(2, 1), W_enc=torch.zeros(2, 1), b_enc=torch.zeros(1), W_dec=torch.ones(1, 2),
-                  b_dec=torch.zeros(2))
+    sae = set_sae(
+        random_sae(2, 1),
+        W_enc=torch.zeros(2, 1),
+        b_enc=torch.zeros(1),
+        W_dec=torch.ones(1, 2),
+        b_dec=torch.zeros(2),
+    )
     z = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # norms 5 and 2; nothing is reconstructed
     assert sae_loss(sae, z).mse.item() == pytest.approx((9 / 5 + 16 / 5 + 0 + 4 / 2) / 4, rel=1e-14)
 
@@ -278,8 +301,13 @@ def test_scaling_tokens_biases_and_loss_together(double):
 
 
 def test_a_token_reconstructed_exactly_gives_no_nan():
-    sae = set_sae(random_sae(3, 4), W_enc=torch.eye(3, 4), b_enc=[0.0, 0, 0, -5], W_dec=torch.eye(4, 3),
-                  b_dec=torch.zeros(3))
+    sae = set_sae(
+        random_sae(3, 4),
+        W_enc=torch.eye(3, 4),
+        b_enc=[0.0, 0, 0, -5],
+        W_dec=torch.eye(4, 3),
+        b_dec=torch.zeros(3),
+    )
     set_sae(sae, W_dec=torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]))
     z = torch.tensor([[1.0, 2.0, 4.0], [1.0, -2.0, 4.0]])
     dead = torch.tensor([False, False, False, True])
@@ -299,13 +327,16 @@ def test_a_token_reconstructed_exactly_gives_no_nan():
 
 
 def median_by_search(points):
-    """The minimiser of the sum of distances: a general optimiser from several starts, and every data point."""
+    """Minimiser of the sum of distances: a general optimiser from several starts, or a data point."""
+
     def cost(at):
         return float(np.sqrt(((points - at) ** 2).sum(1)).sum())
 
     starts = [points.mean(0), np.median(points, 0), points[0] + 0.1]
-    found = [minimize(cost, s, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 20000}).x
-             for s in starts]
+    found = [
+        minimize(cost, s, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 20000}).x
+        for s in starts
+    ]
     best = min([*found, *points], key=cost)
     return best, cost
 
@@ -319,10 +350,14 @@ def clouds():
         "outliers": np.concatenate([normal, [[1e3, 1e3], [900, 1e3], [-50, 2e3]]]),
         "far away": normal + 500,
         "duplicates": np.concatenate([normal[:6], np.repeat([[0.3, -0.2]], 5, 0)]),
-        "majority at one point": np.concatenate([rng.normal(size=(4, 2)) + 3, np.repeat([[0.25, 0.5]], 7, 0)]),
+        "majority at one point": np.concatenate(
+            [rng.normal(size=(4, 2)) + 3, np.repeat([[0.25, 0.5]], 7, 0)]
+        ),
         "mean is a data point": np.array([[0.0, 0], [1, 0], [-1, 0], [0, 2], [0, -2]]),
         "the same at the origin": np.array([[0.0, 0], [4, 0], [-1, 0.5], [-1, -0.5], [-2, 0.0]]),
-        "a data point that is the mean, not the median": np.array([[10.0, 10], [14, 10], [9, 10.5], [9, 9.5], [8, 10]]),
+        "a data point that is the mean, not the median": np.array(
+            [[10.0, 10], [14, 10], [9, 10.5], [9, 9.5], [8, 10]]
+        ),
         "two points": np.array([[0.0, 0], [2, 2]]),
         "one point": np.array([[3.0, -1]]),
         "all equal": np.full((5, 2), 1.5),
@@ -435,8 +470,18 @@ def damaged(folder, how):
         weights.write_bytes((folder.parent / "other" / "sae.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("how", ["cut short", "no weights", "config is not json", "empty config", "other shapes",
-                                 "not a number", "no folder"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut short",
+        "no weights",
+        "config is not json",
+        "empty config",
+        "other shapes",
+        "not a number",
+        "no folder",
+    ],
+)
 def test_damaged_folder_is_one_sentence(tmp_path, how):
     folder = tmp_path / "sae"
     random_sae(5, 8).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Training steps against a plain loop with its own Adam, and runs that are interrupted against one that is not."""
+"""Training steps against a plain loop with its own Adam; interrupted runs against one that was not."""
 
 import hashlib
 import math
@@ -10,11 +10,22 @@ import torch
 from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
+import patchsae.sae
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
 from patchsae.activations import epoch_rows, token_batches, training_rows, training_tokens
 from patchsae.clip import Clip
-from patchsae.train import LOG_COLUMNS, Training, new_sae, train_sae
+from patchsae.config import Profile, load_profile
+from patchsae.train import (
+    LOG_COLUMNS,
+    Training,
+    committed_folder,
+    committed_log,
+    new_sae,
+    run_folder,
+    train_sae,
+    trained_sae,
+)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
@@ -72,7 +83,9 @@ def sleepy_sae(dtype, seed=0):
 
 
 def tokens(steps, dtype, seed=1, images=3):
-    return list(torch.randn(steps, images, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 1.5)
+    return list(
+        torch.randn(steps, images, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 1.5
+    )
 
 
 @pytest.mark.parametrize("ghost", [True, False])
@@ -82,7 +95,9 @@ def test_forty_steps_equal_the_plain_loop(dtype, ghost):
     settings = {"lr": 0.002, "l1": 0.02, "warmup": 10, "dead_after": 3, "ghost": ghost}
     expected, final, dead = twin_training(start, batches, **settings)
     woke = (dead[:-1] & ~dead[1:]).any(0)
-    assert dead[4:].any(1).all() and woke.any() and dead[-1].any(), "the comparison must have ghosts that come and go"
+    assert dead[4:].any(1).all() and woke.any() and dead[-1].any(), (
+        "the comparison must have ghosts that come and go"
+    )
     history = train_steps(sae, batches, **settings)
     assert history.shape == (40, 4) and not history.requires_grad
     exact = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 2e-4, "atol": 2e-5}}[dtype]
@@ -93,8 +108,10 @@ def test_forty_steps_equal_the_plain_loop(dtype, ghost):
 
 def test_a_latent_is_dead_after_more_than_dead_after_silent_steps():
     for dead_after in (0, 1, 3):
-        history = train_steps(sleepy_sae(torch.float32), tokens(8, torch.float32), lr=1e-6, dead_after=dead_after)
-        assert not history[:dead_after + 1, 2].any() and bool((history[dead_after + 1:, 2] > 0).all())
+        history = train_steps(
+            sleepy_sae(torch.float32), tokens(8, torch.float32), lr=1e-6, dead_after=dead_after
+        )
+        assert not history[: dead_after + 1, 2].any() and bool((history[dead_after + 1 :, 2] > 0).all())
 
 
 def test_one_token_is_enough_to_count_as_fired():
@@ -113,14 +130,15 @@ def test_one_token_is_enough_to_count_as_fired():
 
 
 def test_warm_up():
-    """Adam's first step is lr * sign(gradient), so its size shows the rate of each step of a fresh optimiser."""
+    """Adam's first step is lr * sign(gradient), so its size is the rate of a fresh optimiser's first step."""
     z = tokens(1, torch.float64)[0]
     for warmup, rate in ((1, 1.0), (2, 0.5), (4, 0.25), (500, 1 / 500)):
         sae = sleepy_sae(torch.float64)
         before = sae.b_dec.detach().clone()
         train_steps(sae, [z], lr=0.01, l1=0.02, warmup=warmup)
-        torch.testing.assert_close((sae.b_dec.detach() - before).abs(), torch.full_like(before, 0.01 * rate), rtol=1e-5,
-                                   atol=0)
+        torch.testing.assert_close(
+            (sae.b_dec.detach() - before).abs(), torch.full_like(before, 0.01 * rate), rtol=1e-5, atol=0
+        )
 
 
 def test_no_warm_up():
@@ -172,8 +190,8 @@ def test_training_rows_use_every_image_once_an_epoch(n, batch):
     rows = np.concatenate([training_rows(n, step, batch, seed=5) for step in range(3 * n)])
     assert len(rows) == 3 * n * batch
     for epoch in range(len(rows) // n):
-        assert sorted(rows[epoch * n:(epoch + 1) * n]) == list(range(n))
-        np.testing.assert_array_equal(rows[epoch * n:(epoch + 1) * n], epoch_rows(n, epoch, 5))
+        assert sorted(rows[epoch * n : (epoch + 1) * n]) == list(range(n))
+        np.testing.assert_array_equal(rows[epoch * n : (epoch + 1) * n], epoch_rows(n, epoch, 5))
 
 
 def test_training_rows_depend_on_their_arguments_alone():
@@ -189,7 +207,9 @@ def test_token_batches_cover_every_image_in_order(clip, pixel_data, batch):
     for b in token_batches(clip, pixel_data, -2, batch):
         assert len(b.z) == len(b.ids) == len(b.labels) == len(b.rows) <= batch
         assert torch.is_grad_enabled() and not b.z.requires_grad
-        torch.testing.assert_close(b.z, clip.below(torch.stack([pixel_data[int(i)].image for i in b.rows]), -2))
+        torch.testing.assert_close(
+            b.z, clip.below(torch.stack([pixel_data[int(i)].image for i in b.rows]), -2)
+        )
         rows, ids, labels = rows + b.rows.tolist(), ids + list(b.ids), labels + b.labels.tolist()
     assert rows == list(range(23))
     assert ids == [pixel_data[i].id for i in range(23)] and labels == [pixel_data[i].label for i in range(23)]
@@ -219,8 +239,13 @@ def test_training_tokens(clip, pixel_data):
     torch.testing.assert_close(training_tokens(clip, pixel_data, -2, 5, 6, 3, tokens="cls"), expected[:, :1])
 
 
-@pytest.mark.parametrize("read", [lambda clip, ds: list(token_batches(clip, ds, -2)),
-                                  lambda clip, ds: training_tokens(clip, ds, -2, 0, 4, 0)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda clip, ds: list(token_batches(clip, ds, -2)),
+        lambda clip, ds: training_tokens(clip, ds, -2, 0, 4, 0),
+    ],
+)
 def test_no_images_is_one_sentence(clip, read):
     with pytest.raises(ValueError) as error:
         read(clip, ArrayDataset(torch.zeros(0, 3, SIDE, SIDE), []))
@@ -231,16 +256,18 @@ def test_no_images_is_one_sentence(clip, read):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "training.json"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
 def whole(clip, tmp_path_factory):
     """One run without interruption: its settings, its data, its files."""
-    from patchsae.config import load_profile
-    profile = load_profile("mini").with_sae(expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2,
-                                            l1=0.5, learning_rate=0.1)
-    ds = ArrayDataset(torch.randn(23, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11)), np.arange(23) % 5)
+    profile = load_profile("mini").with_sae(
+        expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2, l1=0.5, learning_rate=0.1
+    )
+    ds = ArrayDataset(
+        torch.randn(23, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(11)), np.arange(23) % 5
+    )
     folder = tmp_path_factory.mktemp("whole")
     sae, log = train_sae(profile, clip, ds, folder)
     return profile, ds, folder, sae, log
@@ -257,7 +284,7 @@ def assert_same_run(whole, folder, sae, log):
 def test_a_run_is_the_same_bytes_again_and_leaves_no_scraps(whole, clip, tmp_path):
     profile, ds, folder, sae, log = whole
     assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
-    assert set(files(folder)) == {"checkpoint.safetensors", "log.csv", "sae.safetensors", "config.json"}
+    assert set(files(folder)) == {"log.csv", "sae.safetensors", "config.json"}
     assert list(log.columns) == LOG_COLUMNS and log["step"].tolist() == list(range(1, 13))
     loaded = SparseAutoencoder.from_pretrained(folder)
     assert all(torch.equal(getattr(loaded, name), getattr(sae, name)) for name in NAMES)
@@ -340,12 +367,25 @@ def interrupt_once(monkeypatch, owner, name, at, after=False):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-@pytest.mark.parametrize("owner, name, after", [
-    (patchsae.train, "sae_loss", False), (torch.Tensor, "backward", True), (torch.optim.Adam, "step", False),
-    (torch.optim.Adam, "step", True), (patchsae.train, "_log_row", False), (patchsae.train, "_log_row", True),
-    (patchsae.train, "save_tensors", False), (patchsae.train, "save_tensors", True)])
+@pytest.mark.parametrize(
+    "owner, name, after",
+    [
+        (patchsae.train, "sae_loss", False),
+        (torch.Tensor, "backward", True),
+        (torch.optim.Adam, "step", False),
+        (torch.optim.Adam, "step", True),
+        (patchsae.train, "_log_row", False),
+        (patchsae.train, "_log_row", True),
+        (patchsae.train, "save_tensors", False),
+        (patchsae.train, "save_tensors", True),
+        (patchsae.train, "save_json", False),
+        (patchsae.train, "write_atomically", True),
+    ],
+)
 @pytest.mark.parametrize("at", [1, 3])
-def test_resumed_after_an_interruption_in_the_middle_of_a_step(whole, clip, tmp_path, monkeypatch, owner, name, after, at):
+def test_resumed_after_an_interruption_in_the_middle_of_a_step(
+    whole, clip, tmp_path, monkeypatch, owner, name, after, at
+):
     """Whatever a step had done when the interrupt came, the run goes on as if it had not been interrupted."""
     profile, ds = whole[:2]
     with monkeypatch.context() as patch:
@@ -371,35 +411,78 @@ def test_a_kill_loses_only_the_steps_after_the_last_checkpoint(whole, clip, tmp_
     assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
 
 
-def test_a_finished_run_is_read_not_trained(whole, clip, tmp_path):
-    profile, ds = whole[:2]
-    train_sae(profile, clip, ds, tmp_path)
-    assert_same_run(whole, tmp_path, *train_sae(profile, clip, Interrupted(ds, 0, Stops), tmp_path))
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """Runs of any profile go to a temporary folder."""
+    monkeypatch.setattr(Profile, "data_dir", property(lambda self: tmp_path / "data"))
+    return tmp_path / "data"
 
 
-@pytest.mark.parametrize("change", [{"l1": 0.6}, {"steps": 13}, {"ghost": False}, {"b_dec": "mean"}, {"expansion": 2}])
-def test_other_settings_in_the_same_folder_are_refused(whole, clip, tmp_path, change):
+def test_a_finished_run_is_read_not_trained(whole, clip, home):
+    profile, ds, _, expected, _ = whole
+    first = trained_sae(profile, clip, ds)
+    assert_same_run(whole, run_folder(profile, clip), first, whole[4])
+    again = trained_sae(profile, clip, Interrupted(ds, 0, Stops))
+    assert all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES)
+    assert run_folder(profile, clip).is_relative_to(home) and committed_folder(profile, clip).is_relative_to(
+        home
+    )
+    run_folder(profile, clip).rename(home / "moved")
+    committed_folder(profile, clip).parent.mkdir(parents=True)
+    (home / "moved").rename(committed_folder(profile, clip))
+    again = trained_sae(profile, clip, Interrupted(ds, 0, Stops))
+    assert all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES)
+    pd.testing.assert_frame_equal(committed_log(profile, clip), whole[4], check_exact=False)
+    assert committed_log(profile.with_sae(l1=9.0), clip) is None
+
+
+@pytest.mark.parametrize("name", ["save_tensors", "save_json"])
+@pytest.mark.parametrize("after", [False, True])
+def test_interrupted_while_the_finished_autoencoder_is_written(whole, clip, home, monkeypatch, name, after):
+    profile, ds, _, expected, _ = whole
+    with monkeypatch.context() as patch:
+        interrupt_once(patch, patchsae.sae, name, 1, after)
+        with pytest.raises(KeyboardInterrupt):
+            trained_sae(profile, clip, ds)
+    again = trained_sae(profile, clip, ds)
+    assert all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "change", [{"l1": 0.6}, {"steps": 13}, {"ghost": False}, {"b_dec": "mean"}, {"expansion": 2}]
+)
+def test_other_settings_in_the_folder_of_an_interrupted_run_are_refused(whole, clip, tmp_path, change):
     profile, ds = whole[:2]
-    train_sae(profile.with_sae(steps=2), clip, ds, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(profile, clip, Interrupted(ds, 32 + 20, KeyboardInterrupt), tmp_path)
     before = files(tmp_path)
     with pytest.raises(ValueError) as error:
-        train_sae(profile.with_sae(**{"steps": 2} | change), clip, ds, tmp_path)
+        train_sae(profile.with_sae(**change), clip, ds, tmp_path)
     assert one_sentence(error.value) and str(tmp_path) in str(error.value)
     assert files(tmp_path) == before
 
 
-def test_other_weights_of_the_model_are_not_mixed_with_an_old_run(whole, tmp_path):
-    """The mini CLIP can be trained again under the same name; an autoencoder of the old one must not pass for new."""
-    profile, ds = whole[:2]
-    profile = profile.with_sae(steps=2)
-    old, _ = train_sae(profile, Clip(random_clip_model(0)), ds, tmp_path / "a")
-    fresh, _ = train_sae(profile, Clip(random_clip_model(1)), ds, tmp_path / "b")
+def test_other_settings_in_the_folder_of_a_finished_run_do_not_pass_for_it(whole, clip, tmp_path):
+    profile, ds = whole[0].with_sae(steps=2), whole[1]
+    train_sae(profile, clip, ds, tmp_path / "a")
+    other = profile.with_sae(l1=0.6)
+    fresh, _ = train_sae(other, clip, ds, tmp_path / "b")
     try:
-        again, _ = train_sae(profile, Clip(random_clip_model(1)), ds, tmp_path / "a")
+        again, _ = train_sae(other, clip, ds, tmp_path / "a")
     except ValueError as error:
         assert one_sentence(error)
     else:
-        assert torch.equal(again.W_enc, fresh.W_enc) and not torch.equal(again.W_enc, old.W_enc)
+        assert torch.equal(again.W_enc, fresh.W_enc) and files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_other_weights_of_the_model_are_not_mixed_with_an_old_run(whole, tmp_path):
+    """The mini CLIP can be trained again under the same name; an old run must not go on with its tokens."""
+    profile, ds = whole[:2]
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(profile, Clip(random_clip_model(0)), Interrupted(ds, 32 + 20, KeyboardInterrupt), tmp_path)
+    with pytest.raises(ValueError) as error:
+        train_sae(profile, Clip(random_clip_model(1)), ds, tmp_path)
+    assert one_sentence(error.value)
 
 
 def test_a_folder_that_cannot_be_written(whole, clip, tmp_path):
@@ -432,7 +515,9 @@ def test_pixels_that_are_not_numbers_later_on(whole, clip, tmp_path):
         train_sae(profile, clip, ArrayDataset(pixels, ds.labels), tmp_path / "run")
     assert one_sentence(error.value) and "3" in str(error.value)
     again, log = train_sae(profile, clip, ds, tmp_path / "run")
-    assert all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES) and len(log) == 12
+    assert (
+        all(torch.equal(getattr(again, name), getattr(expected, name)) for name in NAMES) and len(log) == 12
+    )
 
 
 def test_an_empty_data_set(whole, clip, tmp_path):
@@ -441,10 +526,18 @@ def test_an_empty_data_set(whole, clip, tmp_path):
     assert one_sentence(error.value)
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("checkpoint.safetensors", lambda b: b[:-9]), ("checkpoint.safetensors", None), ("checkpoint.safetensors", "no quiet"),
-    ("training.json", lambda b: b"{"), ("training.json", lambda b: b"{}"), ("log.csv", None),
-    ("log.csv", lambda b: b"")])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("checkpoint.safetensors", lambda b: b[:-9]),
+        ("checkpoint.safetensors", None),
+        ("checkpoint.safetensors", "no quiet"),
+        ("training.json", lambda b: b"{"),
+        ("training.json", lambda b: b"{}"),
+        ("log.csv", None),
+        ("log.csv", lambda b: b""),
+    ],
+)
 def test_a_damaged_run_is_one_sentence(whole, clip, tmp_path, name, damage):
     profile, ds = whole[:2]
     with pytest.raises(KeyboardInterrupt):
@@ -454,6 +547,7 @@ def test_a_damaged_run_is_one_sentence(whole, clip, tmp_path, name, damage):
         path.unlink()
     elif damage == "no quiet":
         from safetensors.torch import load_file, save_file
+
         save_file({k: v for k, v in load_file(path).items() if k != "quiet"}, path)
     else:
         path.write_bytes(damage(path.read_bytes()))
@@ -465,8 +559,10 @@ def test_a_damaged_run_is_one_sentence(whole, clip, tmp_path, name, damage):
 def test_log_is_read_back_exactly(tmp_path):
     """A resumed log is written again from what was read, so reading must give the same numbers."""
     numbers = np.random.default_rng(0)
-    rows = [(i + 1, *(round(float(v), 7) for v in numbers.gamma(1.0, 10.0 ** numbers.integers(-5, 3, 7))))
-            for i in range(2000)]
+    rows = [
+        (i + 1, *(round(float(v), 7) for v in numbers.gamma(1.0, 10.0 ** numbers.integers(-5, 3, 7))))
+        for i in range(2000)
+    ]
     pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(tmp_path / "log.csv", index=False)
     assert patchsae.train._read_log(tmp_path, 2000) == rows
     assert len(patchsae.train._read_log(tmp_path, 17)) == 17
@@ -486,7 +582,13 @@ def test_global_generators_do_not_matter_and_are_left_alone(whole, clip, tmp_pat
     profile, ds = whole[:2]
     torch.manual_seed(123)
     np.random.seed(123)
-    before = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), np.random.get_state()[1].sum()
+    before = (
+        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        np.random.get_state()[1].sum(),
+    )
     assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
-    after = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), np.random.get_state()[1].sum()
+    after = (
+        hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        np.random.get_state()[1].sum(),
+    )
     assert before == after
