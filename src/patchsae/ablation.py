@@ -69,8 +69,7 @@ def unshared_order(lat) -> Order:
 
     A list holds the first 100 latents of a class (or a quarter, if that is less) that were active at all.
     """
-    counts, order = torch.as_tensor(lat.class_counts), class_order(lat)
-    classes = counts.any(1).nonzero()[:, 0].tolist()
+    counts, order, classes = torch.as_tensor(lat.class_counts), class_order(lat), _counted(lat, None)
     lists = torch.zeros(counts.shape[1], dtype=torch.long)
     for label in classes:
         leading = order(label)[:min(LIST, counts.shape[1] // 4)]
@@ -85,11 +84,11 @@ def unshared_order(lat) -> Order:
 
 
 def matched_order(lat, seed: int, depth: int) -> Order:
-    """For every latent of a class's ranking another one, alike in frequency and in mean activation.
+    """Random latents that are alike in frequency and mean activation to those of a class's ranking, place by place.
 
-    Down the ranking, each latent is replaced by a random one of the ten nearest (in log10 of both, in units of
-    their spread) that are still free and not in the class's own list of leading latents. After ``depth`` latents,
-    or when none is free, the others follow in the class's order.
+    Each is one of the ten nearest (log10 of both, in units of their spread) that are still free and not among the
+    class's own 100 leading latents. After ``depth`` places, or when none is free, the others follow in the class's
+    order.
     """
     order, points = class_order(lat), _log_statistics(lat)
     n = len(points)
@@ -127,7 +126,7 @@ def _log_statistics(lat) -> np.ndarray:
 def wrong_classes(classes: Sequence[int], seed: int) -> dict[int, int]:
     """Another class for each class: all of them on one random cycle."""
     if len(classes) < 2:
-        raise ValueError("A wrong class needs two classes with training images; choose another selection.")
+        raise ValueError("A wrong class takes two classes with training images; choose another selection.")
     cycle = np.random.default_rng(seed).permutation(classes)
     return dict(zip(cycle.tolist(), np.roll(cycle, -1).tolist()))
 
@@ -164,29 +163,28 @@ def make_arm(lat, selection: str, seed: int, ks: Sequence[int], ranking=None) ->
 
     @functools.cache
     def segments(label: int) -> torch.Tensor:
-        ranked = order(label).cpu()
-        parts = torch.bucketize(torch.arange(len(ranked)), bounds, right=True)
-        return torch.empty(len(ranked), dtype=torch.uint8).scatter_(0, ranked, parts.to(torch.uint8))
+        rank = torch.argsort(ranked := order(label).long().cpu())
+        if not torch.equal(ranked[rank], torch.arange(len(ranked))):
+            raise ValueError(f"The ranking of class {label} does not name every latent once; give an order of all.")
+        return torch.bucketize(rank, bounds, right=True).to(torch.int16)
 
     if selection == "wrong-class":
         other = wrong_classes(_counted(lat, ranking), seed)
         return Arm(selection, seed, segments, lambda label, predicted: other[label])
-    if selection == "predicted-class":
-        return Arm(selection, seed, segments, lambda label, predicted: predicted)
-    return Arm(selection, seed, segments, lambda label, predicted: label)
+    oracle = selection != "predicted-class"
+    return Arm(selection, seed, segments, lambda label, predicted: label if oracle else predicted)
 
 
 def _counted(lat, ranking) -> list[int]:
     """Classes that can be ranked: those with training images, or all of a given ranking."""
-    if ranking is not None:
-        return list(range(len(ranking)))
-    return torch.as_tensor(lat.class_counts).any(1).nonzero()[:, 0].tolist()
+    rankable = torch.as_tensor(lat.class_counts).any(1) if ranking is None else torch.ones(len(ranking))
+    return rankable.nonzero()[:, 0].tolist()
 
 
 # Editing tokens -----------------------------------------------------------------------------------------
 
 class Active(NamedTuple):
-    """Latents above 0, by image, token and latent: ``image, token, latent, value``, each ``[N]``."""
+    """Latents above 0: where they are and their values, each ``[N]``."""
 
     image: torch.Tensor
     token: torch.Tensor
@@ -214,7 +212,7 @@ def segment_sums(sae: SparseAutoencoder, active: Active, segment: torch.Tensor, 
 
 
 def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, parts: torch.Tensor, add_error: bool) -> torch.Tensor:
-    """Every edit by one ranking: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]``: spliced, on k_1..k_J, off k_1..k_J.
+    """Spliced, on k_1..k_J, off k_1..k_J: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]`` (sec. 4.1).
 
         on k  = b_dec + sum over ranks < k of h_s W_dec[s];  off k = b_dec + sum over ranks >= k
         with the autoencoder's error: z - sum over the removed latents, so that removing none leaves z bit for bit
@@ -304,7 +302,7 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     ``id``, ``label``, ``prediction``, ``logits`` (cosine times temperature, array ``[C]``); "predictions" leaves
     the logits out. Classes without training images are left out; ``attrs["left_out"]`` says how many.
     """
-    ks, classes = _checked(sae, lat, text_features, ks, ranking), _counted(lat, ranking)
+    ks, classes = _checked(sae, ds, lat, text_features, ks, ranking), _counted(lat, ranking)
     arms = [make_arm(lat, name, s, ks, ranking) for name in np.atleast_1d(selection).tolist()
             for s in np.atleast_1d(seed).tolist()[:None if name in CHANCE else 1]]
     setup = Setup(clip, sae, torch.as_tensor(text_features).to(clip.device), layer, arms, len(ks), classes, add_error)
@@ -319,7 +317,7 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     return rows
 
 
-def _checked(sae, lat, text, ks, ranking) -> list[int]:
+def _checked(sae, ds, lat, text, ks, ranking) -> list[int]:
     """The values of k in order; or one sentence on what does not fit."""
     if lat is None and ranking is None:
         raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
@@ -331,9 +329,9 @@ def _checked(sae, lat, text, ks, ranking) -> list[int]:
                          "autoencoder; choose another k.")
     name, table = ("class counts", lat.class_counts) if ranking is None else ("ranking", ranking)
     table = torch.as_tensor(table)
-    if tuple(table.shape) != (len(text), sae.n_latents):
-        raise ValueError(f"The {name} of shape {list(table.shape)} do not fit {len(text)} text features and "
-                         f"{sae.n_latents} latents; use the same task and autoencoder.")
+    if tuple(table.shape) != (len(text), sae.n_latents) or len(ds.class_names) > len(text):
+        raise ValueError(f"{len(ds.class_names)} classes of images, {len(text)} text features, {sae.n_latents} "
+                         f"latents and {name} of shape {list(table.shape)} do not fit; use one task and autoencoder.")
     if ranking is None and not table.any():
         raise ValueError("No class has training images; collect latents from the training split of this task.")
     return ks
@@ -391,8 +389,7 @@ def accuracy_table(images: pd.DataFrame, pool_seeds: bool = False, draws: int = 
     return _with_intervals(correctness(images, pool_seeds), "accuracy", draws)
 
 
-def difference_table(images: pd.DataFrame, first: str = "class", second: str = "matched",
-                     draws: int = 2000) -> pd.DataFrame:
+def difference_table(images: pd.DataFrame, first="class", second="matched", draws: int = 2000) -> pd.DataFrame:
     """Accuracy under one selection minus another, paired by image: columns mode, k, difference, low, high."""
     table = correctness(images, pool_seeds=True)
     return _with_intervals(table[first] - table[second], "difference", draws)

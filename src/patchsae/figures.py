@@ -5,6 +5,7 @@ from here.
 """
 
 import os
+from pathlib import Path
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,8 +63,18 @@ def save(figure: Figure, profile, name: str, table: pd.DataFrame) -> None:
             path, format=kind, metadata=nothing[kind]))
         for kind in nothing
     ]
-    written.append(write_atomically(profile.figures_dir / f"{name}.csv", lambda path: table.to_csv(
-        path, index=False, float_format="%.6g", lineterminator="\n")))
+    _note(written)
+    save_table(profile, name, table)
+
+
+def save_table(profile, name: str, table: pd.DataFrame) -> None:
+    """Write ``<name>.csv`` into the profile's figures folder, numbers to six digits."""
+    _note([write_atomically(profile.figures_dir / f"{name}.csv", lambda path: table.to_csv(
+        path, index=False, float_format="%.6g", lineterminator="\n"))])
+
+
+def _note(written: Sequence[Path]) -> None:
+    """Append paths to the manifest that the environment variable names, if it does."""
     if manifest := os.environ.get("PATCHSAE_MANIFEST"):
         inside = [p.relative_to(config.ROOT) if p.is_relative_to(config.ROOT) else p for p in written]
         with open(manifest, "a", encoding="utf-8") as lines:
