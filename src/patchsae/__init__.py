@@ -7,4 +7,5 @@ from patchsae.latents import collect_latents
 from patchsae.sae import SparseAutoencoder, sae_loss
 from patchsae.train import train_steps
 
-__all__ = ["ArrayDataset", "SparseAutoencoder", "collect_latents", "load_clip", "load_profile", "sae_loss", "train_steps"]
+__all__ = ["ArrayDataset", "SparseAutoencoder", "collect_latents", "load_clip", "load_profile", "sae_loss",
+           "train_steps"]

@@ -371,7 +371,7 @@ def correctness(images: pd.DataFrame, pool_seeds: bool = False) -> pd.DataFrame:
     right = images.assign(right=(images["prediction"] == images["label"]).astype(float),
                           copy=images.groupby([*keys, "id"]).cumcount())  # equal images share an id
     table = right.pivot(index=["id", "copy"], columns=keys, values="right")
-    return table.T.groupby(level=keys[:3]).mean().T if pool_seeds else table
+    return table.T.groupby(level=keys[:3], sort=False).mean().T if pool_seeds else table
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"Cannot write {path}: {error.strerror or error}; free space there or choose another folder.") from error
+        reason = error.strerror or error
+        raise OSError(f"Cannot write {path}: {reason}; free space there or choose another folder.") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -42,7 +43,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Read a safetensors file; a missing or damaged one is one sentence."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There are no weights at {path}; run the notebook that makes them, 01_train_sae first.")
+        raise FileNotFoundError(f"There are no weights at {path}; run notebook 01_train_sae, which makes them.")
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
@@ -59,7 +60,7 @@ def load_json(path: Path) -> dict:
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it, 01_train_sae first.") from None
+        raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and make it again.") from error
 

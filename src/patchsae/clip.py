@@ -84,7 +84,7 @@ class Clip:
     def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
         """Unit-length text embeddings: ``list[str] -> [N,P]``."""
         if self.tokenizer is None:
-            raise ValueError("This CLIP has no tokenizer, so it has no text features; add tokenizer.json to its folder.")
+            raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
         return torch.cat([self._text(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
     def _text(self, prompts: list[str]) -> torch.Tensor:

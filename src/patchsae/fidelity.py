@@ -1,4 +1,4 @@
-"""How faithful an autoencoder is: reconstruction, sparsity, and zero-shot classification with it spliced in (table 2)."""
+"""How faithful an autoencoder is: reconstruction, sparsity, zero-shot accuracy with it spliced in (table 2)."""
 
 import numpy as np
 import pandas as pd

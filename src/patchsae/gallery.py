@@ -20,8 +20,8 @@ def describe(stats: LatentStatistics, latent: int) -> str:
 
 def references(stats: LatentStatistics, ds, latent: int, k: int | None = None) -> list[np.ndarray]:
     """The strongest images of a latent: up to ``k`` uint8 ``[H,W,3]``, looked up by position and checked by id."""
-    items = [(ds[int(row)], name) for row, name in zip(stats.reference_rows[latent][:k], stats.reference_ids[latent][:k])
-             if row >= 0]
+    rows, ids = stats.reference_rows[latent][:k].tolist(), stats.reference_ids[latent][:k]
+    items = [(ds[row], name) for row, name in zip(rows, ids) if row >= 0]
     if wrong := [name for item, name in items if item.id != name]:
         raise ValueError(f"Image {wrong[0]} of the statistics is another image in this data set; use the data set the "
                          "statistics were taken of.")
@@ -44,7 +44,8 @@ def regions(table: pd.DataFrame, share: float = 0.25) -> dict[str, tuple[float, 
     def box(low, high):
         return x.quantile(low), x.quantile(high), y.quantile(low), y.quantile(high)
 
-    return {"rare, weak": box(0, share), "between": box(0.5 - share / 2, 0.5 + share / 2), "frequent, strong": box(1 - share, 1)}
+    middle = box(0.5 - share / 2, 0.5 + share / 2)
+    return {"rare, weak": box(0, share), "between": middle, "frequent, strong": box(1 - share, 1)}
 
 
 def pick_latents(table: pd.DataFrame, boxes: dict) -> pd.DataFrame:
@@ -95,7 +96,8 @@ def truth(ds, row: int, kind: str, name: str) -> np.ndarray | None:
     return ds.scene(row).mask(kind, name) if hasattr(ds, "scene") else None
 
 
-def mask_rows_of(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, ds, row: int, layer: int, latents) -> list[MaskRow]:
+def mask_rows_of(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, ds, row: int, layer: int,
+                 latents) -> list[MaskRow]:
     """Rows of masks of several latents on one image; the image stands beside the first."""
     shown = masked(clip, sae, ds, row, layer, latents)
     return [MaskRow(f"latent {latent}", ds[row].image if i == 0 else None, heat, image, None, describe(stats, latent))
@@ -113,13 +115,15 @@ def pair_latents(first: torch.Tensor, second: torch.Tensor, k: int = 10) -> dict
     return chosen
 
 
-def style_latent(clip, sae, stats, train, latent: int, title: str, layer: int, images: list[tuple]) -> StyleLatent:
+def style_latent(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, train, latent: int, title: str,
+                 layer: int, images: list[tuple]) -> StyleLatent:
     """What fig. 4 shows of one latent; ``images``: (data set, row) of each of the two."""
     shown = [masked(clip, sae, ds, row, layer, [latent])[0][1] for ds, row in images]
     return StyleLatent(latent, title, shown, references(stats, train, latent, 4))
 
 
-def layer_latents(clip, sae, stats, ds, row: int, train, layer: int, token: tuple[int, int], k: int = 3) -> list[LayerLatent]:
+def layer_latents(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, ds, row: int, train, layer: int,
+                  token: tuple[int, int], k: int = 3) -> list[LayerLatent]:
     """The k strongest latents of one patch of one image at one layer (fig. 9)."""
     place = 1 + token[0] * clip.grid + token[1]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Statistics of every latent in one streaming pass (sec. 3.2, eq. 3-5): frequency, strength, reference images, classes."""
+"""Statistics of every latent in one pass (sec. 3.2, eq. 3-5): frequency, strength, reference images, classes."""
 
 import dataclasses
 import hashlib

@@ -66,7 +66,8 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def latent_concept_scores(z: torch.Tensor, sae: SparseAutoencoder, positives: np.ndarray, chunk: int = 256) -> np.ndarray:
+def latent_concept_scores(z: torch.Tensor, sae: SparseAutoencoder, positives: np.ndarray,
+                          chunk: int = 256) -> np.ndarray:
     """Average precision of every latent for every concept over patch tokens: ``[N,D], [N,C] -> [S,C]``."""
     rows = []
     for start in range(0, sae.n_latents, chunk):

@@ -166,7 +166,8 @@ def contrast_losses(model, tokenizer, pixels, captions, phrases, patch_labels, i
     groups = torch.tensor([{c: i for i, c in enumerate(captions)}[c] for c in captions])
     patches = patch_labels.flatten(0, 1)
     grounded = sum(named_loss(tokens[:, 1:].flatten(0, 1) @ phrases, patches) for tokens in (last, cut)) / 2
-    return (contrastive_loss(last[:, 0], spoken, groups, scale), named_loss(last[:, 0] @ phrases, image_labels), grounded)
+    whole = named_loss(last[:, 0] @ phrases, image_labels)
+    return contrastive_loss(last[:, 0], spoken, groups, scale), whole, grounded
 
 
 def optimise(parameters: list, steps: int, title: str, losses_of) -> list[tuple]:

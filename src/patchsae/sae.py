@@ -91,7 +91,7 @@ def _kaiming(rows: int, columns: int, generator) -> torch.Tensor:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "sae.safetensors"]))
@@ -176,7 +176,8 @@ def initial_b_dec(z: torch.Tensor, how: str) -> torch.Tensor:
         return z.flatten(0, 1).mean(0)
     if how == "zeros":
         return torch.zeros(z.shape[-1], device=z.device)
-    raise ValueError(f"b_dec cannot start from {how!r}; choose geometric_median, geometric_median_by_position, mean or zeros.")
+    raise ValueError(f"b_dec cannot start from {how!r}; choose geometric_median, geometric_median_by_position, "
+                     "mean or zeros.")
 
 
 class Variance:

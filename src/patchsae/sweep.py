@@ -35,7 +35,8 @@ def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
         rows[name, profile.seed] = profile.with_sae(**changes | factors)
     rows |= {(f"layer {layer}", profile.seed): profile.at_layer(layer) for layer in profile.model.other_layers}
     seeds = range(profile.seed, profile.seed + SEEDS)
-    return {("default", s): dataclasses.replace(profile, seed=s) for s in seeds} | rows | {("random", profile.seed): profile}
+    default = {("default", s): dataclasses.replace(profile, seed=s) for s in seeds}
+    return default | rows | {("random", profile.seed): profile}
 
 
 def table_path(profile: Profile) -> Path:
@@ -75,13 +76,16 @@ def run(profile: Profile) -> pd.DataFrame:
     clip, path = load_clip(profile.model.name), table_path(profile)
     done = pd.read_csv(path).to_dict("records") if path.is_file() else []
     rows = []
-    for (name, seed), changed in configurations(profile).items():
+    for (name, _), changed in configurations(profile).items():
         known = [r for r in done if (r["configuration"], r["key"]) == (name, run_key(changed, clip))]
         rows += known or [row(name, changed, clip, _sae(name, changed, clip))]
-        table = pd.DataFrame(rows)
-        write_atomically(path, lambda p: table.to_csv(p, index=False))
+        _save(path, table := pd.DataFrame(rows))
         print(table.tail(1).to_string(header=False), flush=True)
     return table
+
+
+def _save(path: Path, table: pd.DataFrame) -> None:
+    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def _sae(name: str, profile: Profile, clip: Clip):
