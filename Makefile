@@ -65,3 +65,7 @@ lint: | env  ## check the code with ruff
 clean:  ## remove build/ (the environment and everything committed stay)
 	rm -rf build
 	@echo 'Removed build/; the environment, data/ and figures/ were left alone.'
+
+.PHONY: bench-ablation
+bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
+	"$(PYTHON)" tools/bench_ablation.py
