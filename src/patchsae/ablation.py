@@ -87,13 +87,11 @@ def matched_order(lat, seed: int, depth: int) -> Order:
     """Random latents that are alike in frequency and mean activation to those of a class's ranking, place by place.
 
     Each is one of the ten nearest (log10 of both, in units of their spread) that are still free and not among the
-    class's own 100 leading latents. After ``depth`` places, or when none is free, the others follow in the class's
-    order.
+    class's own 100 first. After ``depth`` places, or when none is free, the others follow in the class's order.
     """
     order, points = class_order(lat), _log_statistics(lat)
-    n = len(points)
+    n, own = len(points), min(LIST, len(points) // 4)
     near = cKDTree(points).query(points, min(n, LIST + 4 * ALIKE))[1].astype(np.int32)
-    own = min(LIST, n // 4)
 
     def matched(label: int) -> torch.Tensor:
         ranking, rng = order(label).numpy(), np.random.default_rng([seed, label])
@@ -103,7 +101,8 @@ def matched_order(lat, seed: int, depth: int) -> Order:
             alike = near[latent][free[near[latent]]][:ALIKE]
             if not len(alike):
                 distance = np.where(free, np.square(points - points[latent]).sum(1), np.inf)
-                alike = np.argsort(distance, kind="stable")[:min(ALIKE, free.sum())]
+                last = min(ALIKE, free.sum()) - 1
+                alike = np.argpartition(distance, last)[:last + 1]
             chosen.append(alike[rng.integers(len(alike))])
             free[chosen[-1]] = False
         rest = ranking[~np.isin(ranking, chosen)]
@@ -242,9 +241,8 @@ class Setup(NamedTuple):
 @torch.no_grad()
 def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> Iterator[tuple]:
     """Classify the images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
-    clip, classes = setup.clip, setup.classes
-    wanted = torch.zeros(len(setup.text), dtype=torch.bool)
-    wanted[classes] = True
+    clip, wanted = setup.clip, torch.zeros(len(setup.text), dtype=torch.bool)
+    wanted[setup.classes] = True
     for start in tqdm(range(0, len(ds), batch_images), desc=title, disable=not title, mininterval=1):
         batch = load_pixels(clip, ds, range(start, min(start + batch_images, len(ds))))
         rows = wanted[batch.labels].nonzero()[:, 0]
@@ -273,7 +271,9 @@ def _edited_logits(setup: Setup, z: torch.Tensor, labels, predicted) -> torch.Te
         segment = table[active.image, active.latent].long()
         parts = segment_sums(setup.sae, active, segment, (len(z), setup.n_k + 1, tokens.shape[1]))
         edited = masked_tokens(setup.sae, tokens, parts, setup.add_error)
-        found.append(_classify(setup, torch.cat([edited, prompts[:, None].expand(-1, edited.shape[1], -1, -1)], 2)))
+        if prompts.shape[1]:
+            edited = torch.cat([edited, prompts[:, None].expand(-1, edited.shape[1], -1, -1)], 2)
+        found.append(_classify(setup, edited))
     return torch.stack(found, 1)
 
 
