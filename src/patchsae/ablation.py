@@ -33,8 +33,8 @@ SELECTIONS = ("class", "dataset", "random", "matched", "wrong-class", "predicted
 CHANCE = ("random", "matched", "wrong-class")
 #: Length of the list of leading latents of a class, and how many alike latents a matched one is drawn from.
 LIST, ALIKE = 100, 10
-#: Dense latents held at a time: 2^25 values are 128 MiB.
-DENSE = 2**25
+#: Dense latents held at a time, unless one image has more: 2^23 values are 32 MiB.
+DENSE = 2**23
 
 Order = Callable[[int], torch.Tensor]
 

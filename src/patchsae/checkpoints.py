@@ -1,5 +1,6 @@
 """Reading and writing weights: safetensors beside a JSON file, written to a temporary name and renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
         reason = error.strerror or error
         raise OSError(f"Cannot write {path}: {reason}; free space there or choose another folder.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -55,14 +57,17 @@ def save_json(path: Path, content: dict) -> Path:
     return write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n"))
 
 
-def load_json(path: Path) -> dict:
-    """Read a JSON file; a missing or damaged one is one sentence."""
+def load_json(path: Path, *keys: str) -> dict:
+    """Read a JSON file that has these keys; a missing or damaged one is one sentence."""
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and make it again.") from error
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise ValueError(f"{path} lacks some of {', '.join(keys)}; remove it and make it again.")
+    return content
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -74,10 +75,15 @@ class Clip:
         return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
 
     def pixels(self, images) -> torch.Tensor:
-        """Preprocess uint8 images ``[H,W,3]`` (array, Pillow image, or a list of them) to ``[B,3,H,W]``."""
+        """Preprocess a uint8 image ``[H,W,3]`` (array, tensor or Pillow image) or several to ``[B,3,H,W]``."""
         if self.processor is None:
             raise ValueError("This CLIP has no image processor; load it from a folder with preprocessor_config.json.")
-        images = [Image.fromarray(np.asarray(image)) for image in images]
+        single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
+        arrays = [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+                  for image in ([images] if single else images)]
+        if wrong := [a for a in arrays if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3]:
+            raise ValueError(f"An image is {wrong[0].dtype} of shape {list(wrong[0].shape)}; give uint8 [H, W, 3].")
+        images = [Image.fromarray(array) for array in arrays]
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
@@ -123,10 +129,16 @@ def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | Non
     folder = ROOT / name_or_path
     source = str(folder if folder.is_dir() else name_or_path)
     try:
-        model = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, report = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32,
+                                                  output_loading_info=True)
+    except OSError as error:
         raise FileNotFoundError(f"There is no CLIP at {name_or_path}: it is neither a folder with config.json and "
                                 "model.safetensors nor a model the hub can give.") from error
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"The CLIP at {name_or_path} cannot be loaded ({reason}); fetch it again.") from error
+    if report["missing_keys"]:
+        raise ValueError(f"The CLIP at {name_or_path} lacks the weight {min(report['missing_keys'])}; fetch it again.")
     return Clip(model.to(device), _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
                 _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
 

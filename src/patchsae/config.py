@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tomllib
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,18 @@ def _fill(cls, table: dict, where: str):
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}.")
     if missing := sorted(names - set(table)):
         raise ValueError(f"{where} lacks the key {missing[0]!r}; add it as in src/patchsae/profiles/mini.toml.")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    for f in dataclasses.fields(cls):
+        kind = typing.get_origin(f.type) or f.type
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(values[f.name], allowed) or isinstance(values[f.name], bool) and kind is not bool:
+            raise ValueError(f"{where}: {f.name} is {values[f.name]!r}; it must be of type {kind.__name__}.")
+    return cls(**values)
+
+
+def _choose(where: str, name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{where}: {name} is {value!r}; choose one of {', '.join(choices)}.")
 
 
 def load_profile(name: str | None = None) -> Profile:
@@ -128,12 +140,16 @@ def load_profile(name: str | None = None) -> Profile:
     known = sorted(p.stem for p in PROFILES.glob("*.toml"))
     if name not in known:
         raise ValueError(f"There is no profile {name!r} in {PROFILES.name}/; choose one of {', '.join(known)}.")
-    table = tomllib.loads(path.read_text()) | {"name": name}
+    try:
+        table = tomllib.loads(path.read_text()) | {"name": name}
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not valid TOML ({error}); mend that line.") from error
     sections = {"model": ModelSettings, "data": DataSettings, "sae": SaeSettings, "latents": LatentSettings}
     filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
     profile = _fill(Profile, table | filled, path.name)
-    if profile.sae.tokens not in ("all", "cls"):
-        raise ValueError(f"[sae] in {path.name}: tokens is {profile.sae.tokens!r}; it can be \"all\" or \"cls\".")
+    _choose(path.name, "tokens", profile.sae.tokens, "all", "cls")
+    _choose(path.name, "templates", profile.model.templates, "own", "imagenet_ensemble_7", "imagenet_ensemble_80")
+    _choose(path.name, "source", profile.data.source, "scenes", "folders")
     return profile
 
 

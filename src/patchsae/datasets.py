@@ -45,7 +45,11 @@ class ArrayDataset:
     """
 
     def __init__(self, pixels, labels, ids=None, class_names=None):
-        self.pixels, self.labels = pixels, np.asarray(labels, dtype=np.int64)
+        self.pixels, self.labels = pixels, np.asarray(labels)
+        if self.labels.ndim != 1 or len(self.labels) and self.labels.dtype.kind not in "iu":
+            raise ValueError(f"Labels are {self.labels.dtype} of shape {list(self.labels.shape)}; "
+                             "give one integer per image.")
+        self.labels = self.labels.astype(np.int64)
         if len(pixels) != len(self.labels) or (ids is not None and len(ids) != len(self.labels)):
             raise ValueError(f"There are {len(pixels)} images but {len(self.labels)} labels"
                              f"{'' if ids is None else f' and {len(ids)} ids'}; give one of each per image.")
@@ -65,8 +69,8 @@ class ArrayDataset:
 
     def fingerprint(self) -> str:
         """Hash of what the data set holds."""
-        ids = [content_id(image) for image in self.pixels] if self._ids is None else self._ids
-        return _hash([*map(str, ids), *map(int, self.labels), *self.class_names])
+        contents, ids = [content_id(image) for image in self.pixels], list(map(str, self._ids or []))
+        return _hash([contents, ids, self.labels.tolist(), self.class_names])
 
 
 class SceneDataset:
@@ -102,9 +106,11 @@ class FolderDataset:
 
     def __init__(self, root: Path, n: int | None = None):
         self.root = Path(root)
-        folders = sorted(p for p in self.root.iterdir() if p.is_dir()) if self.root.is_dir() else []
+        seen = [p for p in self.root.iterdir() if p.name[0] != "."] if self.root.is_dir() else []
+        folders = sorted(p for p in seen if p.is_dir())
         self.class_names = tuple(p.name.replace("_", " ") for p in folders)
-        by_class = [sorted(f for f in p.iterdir() if f.suffix.lower() in IMAGE_ENDINGS) for p in folders]
+        by_class = [sorted(f for f in p.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] != ".")
+                    for p in folders]
         in_turn = sorted((rank, label, f) for label, files in enumerate(by_class) for rank, f in enumerate(files))
         self.files = [(f, label) for _, label, f in in_turn][:n]
         if not self.files:
@@ -123,8 +129,9 @@ class FolderDataset:
         return Item(pixels, label, content_id(pixels))
 
     def fingerprint(self) -> str:
-        """Hash of the names and sizes of the files."""
-        return _hash([[str(f.relative_to(self.root)), f.stat().st_size] for f, _ in self.files])
+        """Hash of the names, sizes and times of the files."""
+        stats = [(f.relative_to(self.root), f.stat()) for f, _ in self.files]
+        return _hash([[str(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
 @functools.lru_cache(maxsize=4)
@@ -133,9 +140,7 @@ def open_dataset(profile: Profile, task: str, split: str):
     n = profile.data.train_images if split == "train" else profile.data.test_images
     if profile.data.source == "scenes":
         return SceneDataset(task, split, n)
-    if profile.data.source == "folders":
-        return FolderDataset(profile.data_dir / "images" / task / split, n)
-    raise ValueError(f"[data] source is {profile.data.source!r}; it can be \"scenes\" or \"folders\".")
+    return FolderDataset(profile.data_dir / "images" / task / split, n)
 
 
 def templates(profile: Profile, task: str) -> list[str]:

@@ -63,7 +63,8 @@ class LatentStatistics:
     @classmethod
     def load(cls, folder: Path) -> "LatentStatistics":
         """Read what ``save`` wrote."""
-        rest, tensors = load_json(folder / "latents.json"), load_tensors(folder / "latents.safetensors")
+        rest = load_json(folder / "latents.json", "reference_ids", "n_images", "tau", "sae_hash")
+        tensors = load_tensors(folder / "latents.safetensors")
         return cls(**tensors, **(rest | {"reference_ids": np.array(rest["reference_ids"], dtype=object)}))
 
 

@@ -62,9 +62,9 @@ class SparseAutoencoder(nn.Module):
         return tensor_hash(self.state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``sae.safetensors`` and ``config.json`` to a folder."""
-        save_tensors(Path(folder) / "sae.safetensors", self.state_dict())
+        """Write ``config.json`` and then ``sae.safetensors``, which makes the pair complete, to a folder."""
         save_json(Path(folder) / "config.json", {"d_model": self.d_model, "n_latents": self.n_latents})
+        save_tensors(Path(folder) / "sae.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SparseAutoencoder":
@@ -72,7 +72,8 @@ class SparseAutoencoder(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             folder = _from_hub(str(folder))
-        config, tensors = load_json(folder / "config.json"), load_tensors(folder / "sae.safetensors", device)
+        config = load_json(folder / "config.json", "d_model", "n_latents")
+        tensors = load_tensors(folder / "sae.safetensors", device)
         sae = cls(config["d_model"], config["n_latents"]).to(device)
         wanted = {name: tuple(p.shape) for name, p in sae.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -148,18 +149,30 @@ def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> 
 
 @torch.no_grad()
 def geometric_median(points: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
-    """The point with the least sum of distances, by Weiszfeld's iteration: ``[...,N,D] -> [...,D]``."""
+    """The point with the least sum of distances: ``[...,N,D] -> [...,D]``.
+
+    Weiszfeld's iteration, with Vardi and Zhang's step away from a data point that it would be caught in.
+    """
     points = points.double()
     median = points.mean(-2)
     for _ in range(iterations):
-        distance = (points - median.unsqueeze(-2)).norm(dim=-1).clamp_min(1e-12)
-        weights = 1 / distance
-        moved = (weights.unsqueeze(-1) * points).sum(-2) / weights.sum(-1, keepdim=True)
-        done = (moved - median).norm(dim=-1).max() <= tolerance * median.norm(dim=-1).max()
+        moved = _weiszfeld_step(points, median)
+        done = (moved - median).norm(dim=-1).max() <= tolerance * moved.norm(dim=-1).max()
         median = moved
         if done:
             break
     return median.float()
+
+
+def _weiszfeld_step(points: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
+    """One iteration on ``[...,N,D]`` from ``[...,D]``."""
+    offset = points - median.unsqueeze(-2)
+    distance = offset.norm(dim=-1, keepdim=True)
+    weight = torch.where(distance > 0, 1 / distance, 0.0)
+    pull, here = (weight * offset).sum(-2), (distance == 0).sum(-2)
+    # The points at the median itself hold it with a force of at most their number.
+    hold = (1 - here / pull.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_min(0)
+    return median + hold * pull / weight.sum(-2).clamp_min(1e-300)
 
 
 def initial_b_dec(z: torch.Tensor, how: str) -> torch.Tensor:

@@ -46,7 +46,7 @@ class Training:
         losses.total.backward()
         self.sae.remove_parallel_gradient()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / self.warmup)
+            group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / max(1, self.warmup))
         self.optimizer.step()
         fired = (losses.h.detach() > 0).flatten(0, -2).any(0)
         self.quiet = torch.where(fired, 0, self.quiet + 1)
@@ -68,7 +68,11 @@ class Training:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint."""
-        tensors = load_tensors(Path(folder) / "checkpoint.safetensors", str(self.quiet.device))
+        path = Path(folder) / "checkpoint.safetensors"
+        tensors = load_tensors(path, str(self.quiet.device))
+        needed = {"quiet", "steps_done", *(f"sae.{name}" for name in self.sae.state_dict())}
+        if missing := sorted(needed - set(tensors)):
+            raise ValueError(f"{path} lacks {missing[0]}; remove the folder and train again.")
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         self.quiet, self.steps_done = tensors["quiet"], int(tensors["steps_done"])
         state = self.optimizer.state_dict()
@@ -99,30 +103,28 @@ def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
 
 
 def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
-    """Train the profile's autoencoder on a data set, or continue where ``folder`` says it was interrupted.
+    """Train the profile's autoencoder on a data set, or continue from the last checkpoint in ``folder``.
 
-    Writes ``checkpoint.safetensors`` every ``save_every`` steps and at an interruption, ``log.csv`` beside it,
-    and at the end, in the checkpoint's place, the autoencoder itself. Returns it and the log.
+    Writes ``checkpoint.safetensors`` every ``save_every`` steps, ``log.csv`` beside it, and at the end, in the
+    checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns it and the log.
     """
     folder, key = Path(folder), run_key(profile, clip)
     training = _start_or_resume(profile, clip, ds, folder, key)
     log = _read_log(folder, training.steps_done)
     bar = tqdm(total=profile.sae.steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1)
-    try:
+    with bar:
         while training.steps_done < profile.sae.steps:
             z = _tokens(profile, clip, ds, training.steps_done)
             log.append(_log_row(training, z, training.step(z)))
             bar.update()
             now = dict(zip(LOG_COLUMNS, log[-1]))
             bar.set_postfix_str("mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}".format(**now))
-            if training.steps_done % profile.sae.save_every == 0:
+            if training.steps_done % profile.sae.save_every == 0 or training.steps_done == profile.sae.steps:
                 _save(training, log, folder, key)
-    finally:
-        bar.close()
-        _save(training, log, folder, key)
+    training.sae.normalise_decoder()
     training.sae.save_pretrained(folder)
     for name in ("training.json", "checkpoint.safetensors"):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
     return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
 
 
@@ -165,7 +167,7 @@ def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str) -
     s, saved = profile.sae, folder / "training.json"
     if not saved.is_file():
         return Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
-    if load_json(saved)["key"] != key:
+    if load_json(saved, "key")["key"] != key:
         raise ValueError(f"{folder} holds a training with other settings; choose another folder or remove it.")
     sae = SparseAutoencoder(clip.width, round(s.expansion * clip.width)).to(clip.device)
     training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
@@ -193,5 +195,10 @@ def _save(training: Training, log: list, folder: Path, key: str) -> None:
 def _read_log(folder: Path, steps_done: int) -> list:
     if steps_done == 0:
         return []
-    table = pd.read_csv(folder / "log.csv")
-    return [tuple(row) for row in table[table["step"] <= steps_done].itertuples(index=False)]
+    path = folder / "log.csv"
+    try:
+        table = pd.read_csv(path)
+        return [tuple(row) for row in table[table["step"] <= steps_done][LOG_COLUMNS].itertuples(index=False)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not go with its checkpoint ({error}); remove the folder and train "
+                         "again.") from error
