@@ -8,7 +8,7 @@ import torch
 from conftest import one_sentence
 from PIL import Image
 
-from patchsae import ArrayDataset, load_profile
+from patchsae import ArrayDataset, config, load_profile
 from patchsae.datasets import FolderDataset, SceneDataset, content_id, open_dataset, templates
 from patchsae.scenes import TASKS, class_names, draw_scene
 

@@ -17,7 +17,8 @@ def test_configurations_change_what_their_names_say():
     assert rows["expansion x2", 0].sae.expansion == 2 * profile.sae.expansion
     assert rows["ghost off", 0].sae.ghost is False
     assert rows["class token only", 0].sae.tokens == "cls"
-    assert {p.model.layer for (name, _), p in rows.items() if name.startswith("layer")} == set(profile.model.other_layers)
+    layers = {p.model.layer for (name, _), p in rows.items() if name.startswith("layer")}
+    assert layers == set(profile.model.other_layers)
     assert rows["default", 0] == profile
 
 
