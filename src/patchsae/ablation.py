@@ -31,7 +31,7 @@ from patchsae.sae import SparseAutoencoder
 SELECTIONS = ("class", "dataset", "random", "matched", "wrong-class", "predicted-class", "class-unshared")
 #: Selections in which chance plays a part: each seed is a new draw.
 CHANCE = ("random", "matched", "wrong-class")
-#: Length of the list of leading latents of a class, and how many alike latents a matched one is drawn from.
+#: Length of the list of leading latents of a class; how many alike latents a matched one is drawn from.
 LIST, ALIKE = 100, 10
 #: Dense latents held at a time, unless one image has more: 2^23 values are 32 MiB.
 DENSE = 2**23
@@ -86,23 +86,23 @@ def unshared_order(lat) -> Order:
 def matched_order(lat, seed: int, depth: int) -> Order:
     """Random latents that are alike in frequency and mean activation to those of a class's ranking, place by place.
 
-    Each is one of the ten nearest (log10 of both, in units of their spread) that are still free and not among the
-    class's own 100 first. After ``depth`` places, or when none is free, the others follow in the class's order.
+    Each is another one of the ten nearest (log10 of both, in units of their spread) that are still free. Nothing
+    else is known of them: keeping the class's own out would tell a mask that removes them what to spare. After
+    ``depth`` places the others follow in the class's order.
     """
     order, points = class_order(lat), _log_statistics(lat)
-    n, own = len(points), min(LIST, len(points) // 4)
-    near = cKDTree(points).query(points, min(n, LIST + 4 * ALIKE))[1].astype(np.int32)
+    near = cKDTree(points).query(points, min(len(points), LIST))[1].astype(np.int32)
 
     def matched(label: int) -> torch.Tensor:
         ranking, rng = order(label).numpy(), np.random.default_rng([seed, label])
-        free, chosen = np.ones(n, bool), []
-        free[ranking[:own]] = False
-        for latent in ranking[:min(depth, n - own)]:
-            alike = near[latent][free[near[latent]]][:ALIKE]
+        free, chosen = np.ones(len(points), bool), []
+        for latent in ranking[:depth]:
+            alike = near[latent][free[near[latent]] & (near[latent] != latent)][:ALIKE]
             if not len(alike):
-                distance = np.where(free, np.square(points - points[latent]).sum(1), np.inf)
-                last = min(ALIKE, free.sum()) - 1
-                alike = np.argpartition(distance, last)[:last + 1]
+                others = np.flatnonzero(free & (np.arange(len(points)) != latent))
+                distance = np.square(points[others] - points[latent]).sum(1)
+                last = min(ALIKE, len(others)) - 1
+                alike = others[np.argpartition(distance, last)[:ALIKE]] if len(others) else [latent]
             chosen.append(alike[rng.integers(len(alike))])
             free[chosen[-1]] = False
         rest = ranking[~np.isin(ranking, chosen)]
