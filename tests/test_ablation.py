@@ -12,7 +12,7 @@ import torch
 from ablation_twin import slow_logits, slow_masking
 from conftest import LAYER, SIDE, one_sentence, random_clip_model, random_sae
 
-from patchsae import ArrayDataset
+from patchsae import ArrayDataset, SparseAutoencoder, load_clip, load_profile
 from patchsae.ablation import (
     CHANCE,
     SELECTIONS,
@@ -32,8 +32,11 @@ from patchsae.ablation import (
     unshared_order,
     wrong_classes,
 )
-from patchsae.clip import Clip
+from patchsae.clip import Clip, class_prototypes
+from patchsae.config import ROOT
+from patchsae.datasets import open_dataset, templates
 from patchsae.latents import collect_latents
+from patchsae.train import committed_folder
 
 S, C = 64, 5
 KS = [1, 2, 5, 10, 50, S]
@@ -427,3 +430,50 @@ def test_a_ranking_needs_no_statistics(sae, clip, split, lat, text):
     rankings = torch.stack([class_order(lat)(c) for c in range(C)])
     by_ranking = topk_masking(clip, sae, split, None, text, LAYER, KS, ranking=rankings.numpy())
     pd.testing.assert_frame_equal(by_ranking, topk_masking(clip, sae, split, lat, text, LAYER, KS))
+
+
+# On the committed model ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def mini():
+    """The mini CLIP, its autoencoder, eight test images of eight classes and a ranking per class."""
+    profile = load_profile("mini")
+    if not (profile.data_dir / "clip").is_dir():
+        pytest.skip("data/mini/clip is not there")
+    clip = load_clip(profile.model.name)
+    train, test = (open_dataset(profile, profile.data.task, split) for split in ("train", "test"))
+    sae = SparseAutoencoder.from_pretrained(committed_folder(profile, clip))
+    text = class_prototypes(clip, test.class_names, templates(profile, profile.data.task))
+    few, some = (ArrayDataset(np.stack([item.image for item in items]), [item.label for item in items],
+                              class_names=test.class_names)
+                 for items in ([test[i] for i in range(0, 64, 8)], [train[i] for i in range(128)]))
+    return clip, sae, few, collect_latents(clip, sae, some, profile.model.layer), text, profile.model.layer
+
+
+@pytest.mark.parametrize("add_error", [False, True])
+def test_the_mini_model_agrees_with_the_twin(mini, add_error):
+    clip, sae, few, lat, text, layer = mini
+    ks = [1, 2, 5, 10, 50, 100, 500, sae.n_latents]
+    rows = topk_masking(clip, sae, few, lat, text, layer, ks, add_error=add_error, per_image=True)
+    pixels = clip.pixels(list(few.pixels))
+    slow = slow_masking(clip, sae, pixels, text, layer, own_rankings(class_order(lat), few), ks, add_error)
+    for (mode, k), expected in slow.items():
+        found, best = logits_of(rows, mode, k), expected.topk(2).values
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=f"{mode} {k}")
+        clear = (best[:, 0] - best[:, 1] > 1e-4).numpy()
+        assert (found.argmax(1) == expected.argmax(1).numpy())[clear].all()
+
+
+def test_the_committed_numbers_say_that_class_latents_matter():
+    path = ROOT / "figures" / "mini" / "ablation.csv"
+    if not path.is_file():
+        pytest.skip("figures/mini/ablation.csv is not there")
+    table = pd.read_csv(path)
+    assert table.columns.tolist() == ["selection", "mode", "k", "seed", "accuracy", "low", "high"]
+    assert set(table["selection"]) == set(SELECTIONS)
+    at = table.set_index(["selection", "mode", "k"]).sort_index()
+    original, spliced = at.loc[("class", "original")].iloc[0], at.loc[("class", "spliced")].iloc[0]
+    assert spliced["accuracy"] >= 0.95 * original["accuracy"]
+    own, matched = at.loc[("class", "off", 10)].iloc[0], at.loc[("matched", "off", 10)]
+    assert len(matched) >= 3 and (own["accuracy"] <= matched["accuracy"] - 0.20).all()
+    assert (own["high"] < matched["low"]).all()

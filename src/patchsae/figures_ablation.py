@@ -118,10 +118,12 @@ def _line(panel: Axes, rows: pd.DataFrame, column: str, label: str, colour: str,
 
 def _levels(panel: Axes, table: pd.DataFrame, chance: float | None) -> None:
     """Horizontal lines: the original, the spliced model, and chance."""
-    levels = {mode: table.loc[table["mode"] == mode, "accuracy"].iloc[0] for mode in ("original", "spliced")}
-    for name, level in (levels | ({"chance": chance} if chance else {})).items():
-        panel.axhline(level, color=INK if name != "chance" else GREY, lw=0.7, zorder=1,
-                      ls="-" if name == "original" else (0, (3, 2)) if name == "spliced" else (0, (1, 2)), label=name)
+    original, spliced = (table.loc[table["mode"] == mode, "accuracy"].iloc[0] for mode in ("original", "spliced"))
+    panel.axhline(original, color=INK, lw=0.7, zorder=1, label="original")
+    if spliced != original:
+        panel.axhline(spliced, color=INK, lw=0.7, zorder=1, ls=(0, (3, 2)), label="spliced")
+    if chance:
+        panel.axhline(chance, color=GREY, lw=0.7, zorder=1, ls=(0, (1, 2)), label="chance")
 
 
 def _k_axis(panel: Axes, ks: pd.Series) -> None:
