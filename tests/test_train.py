@@ -13,7 +13,7 @@ from test_sae import NAMES, twin_loss
 import patchsae.sae
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
-from patchsae.activations import epoch_rows, token_batches, training_rows, training_tokens
+from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
 from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
 from patchsae.train import (
@@ -232,18 +232,23 @@ def test_images_are_preprocessed_and_pixels_are_not(clip, image_data):
     torch.testing.assert_close(again.z, batch.z)
 
 
-def test_training_tokens(clip, pixel_data):
+def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monkeypatch):
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
-    torch.testing.assert_close(training_tokens(clip, pixel_data, -2, 5, 6, 3), expected)
-    torch.testing.assert_close(training_tokens(clip, pixel_data, -2, 5, 6, 3, tokens="cls"), expected[:, :1])
+    kept = TrainingTokens(clip, pixel_data, -2)
+    monkeypatch.setattr("patchsae.activations.MEMORY", 0)
+    computed = TrainingTokens(clip, pixel_data, -2)
+    assert kept.kept is not None and computed.kept is None
+    torch.testing.assert_close(kept[rows], expected)
+    torch.testing.assert_close(computed[rows], expected)
+    assert torch.equal(kept[rows], kept[rows]) and torch.equal(computed[rows], computed[rows])
 
 
 @pytest.mark.parametrize(
     "read",
     [
         lambda clip, ds: list(token_batches(clip, ds, -2)),
-        lambda clip, ds: training_tokens(clip, ds, -2, 0, 4, 0),
+        lambda clip, ds: training_rows(len(ds), 0, 4, 0),
     ],
 )
 def test_no_images_is_one_sentence(clip, read):
@@ -292,7 +297,7 @@ def test_a_run_is_the_same_bytes_again_and_leaves_no_scraps(whole, clip, tmp_pat
 
 def test_a_run_is_train_steps_on_the_steps_tokens(whole, clip):
     profile, ds, _, sae, log = whole
-    batches = [training_tokens(clip, ds, -2, step, 4, profile.seed) for step in range(12)]
+    batches = [TrainingTokens(clip, ds, -2)[training_rows(len(ds), step, 4, profile.seed)] for step in range(12)]
     twin, s = new_sae(profile, clip, ds), profile.sae
     history = train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
     twin.normalise_decoder()  # what is saved has rows of unit length
@@ -303,7 +308,8 @@ def test_a_run_is_train_steps_on_the_steps_tokens(whole, clip):
 
 def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, clip):
     profile, ds = whole[:2]
-    first = torch.cat([training_tokens(clip, ds, -2, step, 4, profile.seed) for step in range(8)])
+    tokens = TrainingTokens(clip, ds, -2)
+    first = torch.cat([tokens[training_rows(len(ds), step, 4, profile.seed)] for step in range(8)])
     sae = new_sae(profile, clip, ds)
     assert tuple(sae.W_enc.shape) == (12, 36)
     points = first.flatten(0, 1).double()
@@ -574,7 +580,7 @@ def test_class_tokens_only(whole, clip, tmp_path):
     profile = profile.with_sae(tokens="cls", steps=3)
     sae, _ = train_sae(profile, clip, ds, tmp_path)
     twin, s = new_sae(profile, clip, ds), profile.sae
-    batches = [training_tokens(clip, ds, -2, step, 4, profile.seed)[:, :1] for step in range(3)]
+    batches = [TrainingTokens(clip, ds, -2)[training_rows(len(ds), step, 4, profile.seed)][:, :1] for step in range(3)]
     train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
     twin.normalise_decoder()
     assert all(torch.equal(getattr(twin, name), getattr(sae, name)) for name in NAMES)

@@ -1,5 +1,6 @@
 """From images to tokens: streaming a data set through the part of the model below the cut."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ import torch
 from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
+
+#: Tokens of a training set are kept in memory up to this size: 1 GiB.
+MEMORY = 2**30
 
 
 class PixelBatch(NamedTuple):
@@ -76,9 +80,27 @@ def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray
     return np.array([epochs[int(p // n)][p % n] for p in places])
 
 
-@torch.no_grad()
-def training_tokens(clip: Clip, ds, layer: int, step: int, batch_images: int, seed: int, tokens: str = "all"):
-    """Tokens of one training step: whole images ``[B,T,D]``, or their class tokens ``[B,1,D]``."""
-    rows = training_rows(len(ds), step, batch_images, seed)
-    z = clip.below(load_pixels(clip, ds, rows).pixels, layer)
-    return z[:, :1] if tokens == "cls" else z
+class TrainingTokens:
+    """Tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
+
+    Where all of them fit into ``MEMORY`` bytes they are computed once, in the data set's order, and kept;
+    otherwise they are computed whenever they are asked for. Either way the same rows give the same bytes again, so
+    that a resumed training goes on as it would have.
+    """
+
+    def __init__(self, clip: Clip, ds, layer: int):
+        self.clip, self.ds, self.layer, self.kept = clip, ds, layer, None
+        if 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
+            self.kept = torch.cat([batch.z for batch in token_batches(clip, ds, layer, title="tokens of the images")])
+
+    @torch.no_grad()
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        if self.kept is not None:
+            return self.kept[torch.from_numpy(rows)]
+        return self.clip.below(load_pixels(self.clip, self.ds, rows).pixels, self.layer)
+
+
+@functools.lru_cache(maxsize=1)
+def training_tokens(clip: Clip, ds, layer: int) -> TrainingTokens:
+    """The tokens of a model and data set at a layer; the last ones asked for are kept."""
+    return TrainingTokens(clip, ds, layer)

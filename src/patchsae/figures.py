@@ -46,8 +46,9 @@ from patchsae.sheets import (
 
 __all__ = [
     "LayerLatent", "MaskRow", "Row", "StyleLatent", "image_rows", "latent_scatter", "layers_grid",
-    "mask_rows", "probe_table", "save", "scatter_panels", "schematic_ablation", "schematic_autoencoder",
-    "schematic_overview", "style_pair", "sweep", "training_curves", "use_style",
+    "mask_rows", "pretraining_curves", "probe_table", "save", "save_table", "scatter_panels",
+    "schematic_ablation", "schematic_autoencoder", "schematic_overview", "style_pair", "sweep",
+    "training_curves", "use_style",
 ]
 
 
@@ -110,6 +111,25 @@ def training_curves(log: pd.DataFrame) -> Figure:
         panel.set(title=title, xlabel="training step")
         panel.xaxis.set_major_locator(MaxNLocator(3))
         panel.grid(axis="y")
+    return figure
+
+
+def pretraining_curves(log: pd.DataFrame) -> Figure:
+    """How the mini CLIP was trained, for its data card: the warm-up's loss, then the three contrasts.
+
+    ``log``: columns stage ("warm-up" or "contrasts"), step, heads, caption, phrase, patch.
+    """
+    need(log, "pre-training log", "stage", "step", "heads", "caption", "phrase", "patch")
+    figure = new_figure(PAGE, 1.9)
+    axes = figure.subplots(1, 2)
+    terms = {"warm-up": {"heads": INK}, "contrasts": {"caption": ORANGE, "phrase": BLUE, "patch": GREEN}}
+    for panel, (stage, colours) in zip(axes, terms.items()):
+        rows = log[log["stage"] == stage]
+        for term, colour in colours.items():
+            panel.plot(rows["step"], rows[term], color=colour, label=term)
+        panel.set(title=stage, xlabel="training step", ylabel="loss", yscale="log")
+        panel.grid(axis="y")
+        panel.legend()
     return figure
 
 

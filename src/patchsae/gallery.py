@@ -33,6 +33,16 @@ def reference_row(stats: LatentStatistics, ds, latent: int, title: str = "", k: 
     return Row(title or f"latent {latent}", references(stats, ds, latent, k), describe(stats, latent))
 
 
+def class_rows(ds, n_classes: int, k: int) -> list[Row]:
+    """Images of classes spread over the label order, a row each; classes come in turn in every data set here."""
+    many = len(ds.class_names)
+    rows = []
+    for label in range(0, many, max(1, many // n_classes))[:n_classes]:
+        items = [ds[i] for i in range(label, min(len(ds), many * k), many)]
+        rows.append(Row(ds.class_names[label], [item.image for item in items if item.label == label]))
+    return rows
+
+
 def regions(table: pd.DataFrame, share: float = 0.25) -> dict[str, tuple[float, float, float, float]]:
     """Three regions of the scatter by quantiles of log10 frequency and log10 activation: (x0, x1, y0, y1).
 

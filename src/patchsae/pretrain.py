@@ -27,6 +27,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 
 from patchsae.clip import contrastive_loss, load_clip
 from patchsae.config import ROOT, start
+from patchsae.figures import pretraining_curves
 from patchsae.probes import probe_table, zero_shot_table
 from patchsae.scenes import CONCEPTS, KINDS, NAMES, PATCH, SIZE, WORLD, caption, class_names, draw_scene
 
@@ -229,14 +230,20 @@ def save(folder: Path, model, tokenizer, log: pd.DataFrame) -> None:
     means.to_csv(folder / "training_log.csv")
 
 
-def main() -> None:
-    """Train the mini profile's CLIP and write it with its log, its zero-shot accuracies and its probe table."""
-    profile = start("mini")
-    folder = ROOT / profile.model.name
-    save(folder, *train())
+def report(folder: Path) -> None:
+    """Write what stands beside the weights: the curve of the training log, zero-shot accuracies, linear probes."""
+    log = pd.read_csv(folder / "training_log.csv")
+    pretraining_curves(log).savefig(folder / "training_curve.png", metadata={"Software": None})
     clip = load_clip(folder)
     zero_shot_table(clip).to_csv(folder / "zero_shot.csv", index=False)
     probe_table(clip).to_csv(folder / "probes.csv", index=False)
+
+
+def main() -> None:
+    """Train the mini profile's CLIP and report on it."""
+    folder = ROOT / start("mini").model.name
+    save(folder, *train())
+    report(folder)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import training_tokens
+from patchsae.activations import training_rows, training_tokens
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, write_atomically
 from patchsae.clip import Clip
 from patchsae.config import Profile
@@ -159,8 +159,10 @@ def trained_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
 
 
 def _tokens(profile: Profile, clip: Clip, ds, step: int) -> torch.Tensor:
-    settings = profile.sae
-    return training_tokens(clip, ds, profile.model.layer, step, settings.batch_images, profile.seed, settings.tokens)
+    """Tokens of one training step: whole images ``[B,T,D]``, or their class tokens ``[B,1,D]``."""
+    rows = training_rows(len(ds), step, profile.sae.batch_images, profile.seed)
+    z = training_tokens(clip, ds, profile.model.layer)[rows]
+    return z[:, :1] if profile.sae.tokens == "cls" else z
 
 
 def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str) -> Training:
