@@ -87,7 +87,8 @@ def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: i
                   n_reference: int = 10, batch_images: int = 64, tokens: str = "all") -> LatentStatistics:
     """``collect_latents``, kept in ``folder`` under a key of the model, the autoencoder, the data set and the code."""
     # A kept result must not outlive a change of what computes it.
-    code = [Path(__file__).with_name(name).read_text() for name in ("latents.py", "activations.py", "sae.py", "clip.py")]
+    rooms = ("latents.py", "activations.py", "sae.py", "clip.py")
+    code = [Path(__file__).with_name(name).read_text() for name in rooms]
     key = [clip.fingerprint(), sae.fingerprint(), ds.fingerprint(), clip.block(layer), tau, n_reference, tokens, *code]
     folder = folder / f"latents-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if not (folder / "latents.json").is_file():
