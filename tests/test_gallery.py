@@ -59,9 +59,10 @@ def test_distinctive_and_top_latents():
 
 def test_strongest_breaks_ties_by_index_and_pairs_are_told_apart():
     assert gallery.strongest(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3) == [1, 2, 3]
-    first, second = torch.tensor([5.0, 4.0, 3.0, 0.0]), torch.tensor([0.0, 4.0, 3.0, 5.0])
-    assert gallery.pair_latents(first, second, k=3) == {"shared": 1, "first only": 0, "second only": 3}
-    assert gallery.pair_latents(first, second, k=1) == {"first only": 0, "second only": 3}
+    pair = {"photo": torch.tensor([5.0, 4.0, 3.0, 0.0]), "sketch": torch.tensor([0.0, 4.0, 3.0, 5.0])}
+    entropy = torch.tensor([0.0, 2.0, 1.0, 0.0])
+    assert gallery.pair_latents(pair, entropy, k=3) == {"shared": 2, "photo only": 0, "sketch only": 3}
+    assert gallery.pair_latents(pair, entropy, k=1) == {"photo only": 0, "sketch only": 3}
 
 
 def test_first_correct_prefers_a_hit_and_names_a_missing_class(clip, image_data):

@@ -103,7 +103,8 @@ def training_curves(log: pd.DataFrame) -> Figure:
     for panel, column in zip(axes[1:], ("l0", "dead", "ev")):
         panel.plot(log["step"], log[column], color=BLUE)
     axes[1].set_ylim(bottom=0)
-    axes[2].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[2].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[2].yaxis.set_major_locator(MaxNLocator(4))
     axes[2].set_ylim(0, max(0.02, 1.08 * log["dead"].max()))
     axes[3].set_ylim(max(-0.05, log["ev"].min() - 0.05), 1)
     titles = ("loss terms", "active latents ($L_0$)", "dead latents", "explained variance")

@@ -14,8 +14,9 @@ from patchsae.sheets import LayerLatent, MaskRow, Row, StyleLatent
 
 def describe(stats: LatentStatistics, latent: int) -> str:
     """The three numbers under a row of reference images, as in fig. 10."""
+    entropy = float(stats.label_entropy[latent])
     return (f"frequency {stats.frequency[latent]:.3f}, activation {stats.mean_activation[latent]:.3f}, "
-            f"entropy {stats.label_entropy[latent]:.2f}")
+            + ("too few for an entropy" if np.isnan(entropy) else f"entropy {entropy:.2f}"))
 
 
 def references(stats: LatentStatistics, ds, latent: int, k: int | None = None) -> list[np.ndarray]:
@@ -114,14 +115,19 @@ def mask_rows_of(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, ds
             for i, (latent, (heat, image)) in enumerate(zip(latents, shown))]
 
 
-def pair_latents(first: torch.Tensor, second: torch.Tensor, k: int = 10) -> dict[str, int]:
-    """Of two images' top-k latents (activations ``[S]``): the strongest in both, and the strongest of each alone."""
-    tops = [strongest(a, k) for a in (first, second)]
-    shared = [s for s in tops[0] if s in tops[1]]
-    chosen = {"shared": max(shared, key=lambda s: min(first[s], second[s]))} if shared else {}
-    for name, top, other in (("first only", *tops), ("second only", *tops[::-1])):
-        alone = [s for s in top if s not in other]
-        chosen |= {name: alone[0]} if alone else {}
+def pair_latents(activations: dict[str, torch.Tensor], entropy: torch.Tensor, k: int) -> dict[str, int]:
+    """Of two images' top-k latents: the shared one of lowest label entropy, and the strongest of each image alone.
+
+    ``activations``: two names -> image-level activations ``[S]``; ``entropy [S]``: a shared latent that keeps to
+    few classes says more about the noun than one that most images have.
+    """
+    tops = {name: strongest(activation, k) for name, activation in activations.items()}
+    (first, second), chosen = tops.values(), {}
+    if shared := [s for s in first if s in second and not torch.isnan(entropy[s])]:
+        chosen["shared"] = min(shared, key=lambda s: float(entropy[s]))
+    for name, top in tops.items():
+        alone = [s for s in top if not (s in first and s in second)]
+        chosen |= {f"{name} only": alone[0]} if alone else {}
     return chosen
 
 

@@ -31,9 +31,9 @@ def zero_shot_table(clip: Clip, n: int = 2048) -> pd.DataFrame:
         every = np.arange(n)
         chosen = {task: every}
         if task in ("nouns", "sketches"):
-            style = {"nouns": "photo", "sketches": "sketch"}[task]
+            style, named = {"nouns": ("photo", "photos"), "sketches": ("sketch", "sketches")}[task]
             plans = [ds.scene(i).plan for i in every]
-            chosen[f"{task}, one object, {style}s"] = np.array(
+            chosen[f"{task}, one object, {named}"] = np.array(
                 [i for i in every if len(plans[i].things) == 1 and plans[i].style == style])
         for name, part in chosen.items():
             labels = [ds.scene(i).label for i in part]
