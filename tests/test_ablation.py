@@ -471,9 +471,12 @@ def test_the_committed_numbers_say_that_class_latents_matter():
     table = pd.read_csv(path)
     assert table.columns.tolist() == ["selection", "mode", "k", "seed", "accuracy", "low", "high"]
     assert set(table["selection"]) == set(SELECTIONS)
-    at = table.set_index(["selection", "mode", "k"]).sort_index()
-    original, spliced = at.loc[("class", "original")].iloc[0], at.loc[("class", "spliced")].iloc[0]
-    assert spliced["accuracy"] >= 0.95 * original["accuracy"]
-    own, matched = at.loc[("class", "off", 10)].iloc[0], at.loc[("matched", "off", 10)]
-    assert len(matched) >= 3 and (own["accuracy"] <= matched["accuracy"] - 0.20).all()
-    assert (own["high"] < matched["low"]).all()
+
+    def rows(selection, mode, k):
+        return table[(table["selection"] == selection) & (table["mode"] == mode) & (table["k"] == k)]
+
+    original, spliced = rows("class", "original", 0), rows("class", "spliced", table["k"].max())
+    assert spliced["accuracy"].item() >= 0.95 * original["accuracy"].item()
+    own, matched = rows("class", "off", 10), rows("matched", "off", 10)
+    assert len(matched) >= 3 and (own["accuracy"].item() <= matched["accuracy"] - 0.20).all()
+    assert (own["high"].item() < matched["low"]).all()
