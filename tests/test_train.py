@@ -235,9 +235,9 @@ def test_images_are_preprocessed_and_pixels_are_not(clip, image_data):
 def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monkeypatch):
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
-    kept = TrainingTokens(clip, pixel_data, -2)
-    monkeypatch.setattr("patchsae.activations.MEMORY", 0)
     computed = TrainingTokens(clip, pixel_data, -2)
+    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
+    kept = TrainingTokens(clip, pixel_data, -2)
     assert kept.kept is not None and computed.kept is None
     torch.testing.assert_close(kept[rows], expected)
     torch.testing.assert_close(computed[rows], expected)
@@ -321,6 +321,14 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
     assert torch.equal(mean.W_enc, sae.W_enc)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _read_images_as_they_are_needed():
+    """Tokens are not kept in memory here, so that an interruption can come between any two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("patchsae.activations.MEMORY", 0)
+        yield
+
+
 class Stops(Exception):
     """Stands for a crash."""
 
@@ -351,7 +359,7 @@ def test_resumed_after_an_interruption_between_steps(whole, clip, tmp_path, step
 
 
 def test_resumed_after_every_single_step(whole, clip, tmp_path):
-    profile, ds = whole[:2]
+    profile, ds = whole[0].with_sae(save_every=1), whole[1]
     for attempt in range(11):
         with pytest.raises(KeyboardInterrupt):
             train_sae(profile, clip, Interrupted(ds, 4 + 32 * (attempt == 0), KeyboardInterrupt), tmp_path)

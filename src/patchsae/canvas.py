@@ -31,6 +31,10 @@ def use_style() -> None:
 use_style()
 
 
+#: Dots per inch of figures inside notebooks, which git has to carry; files in figures/ have more.
+SCREEN = 110
+
+
 class _NotebookFigure(Figure):
     """A figure that a notebook shows once, as the last expression of a cell as well as at the end of one."""
 
@@ -38,7 +42,7 @@ class _NotebookFigure(Figure):
         from IPython.display import Image, display
 
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=self.dpi)
+        self.savefig(buffer, format="png", dpi=SCREEN)
         plt.close(self)  # or the inline backend shows it again at the end of the cell
         display(Image(buffer.getvalue()))
 
