@@ -32,7 +32,7 @@ use_style()
 
 
 #: Dots per inch of figures inside notebooks, which git has to carry; files in figures/ have more.
-SCREEN = 110
+SCREEN = 96
 
 
 class _NotebookFigure(Figure):
