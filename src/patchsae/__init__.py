@@ -1,5 +1,6 @@
 """PatchSAE: sparse autoencoders on the tokens of CLIP's vision transformer."""
 
+from patchsae.ablation import topk_masking
 from patchsae.clip import load_clip
 from patchsae.config import load_profile
 from patchsae.datasets import ArrayDataset
@@ -8,4 +9,4 @@ from patchsae.sae import SparseAutoencoder, sae_loss
 from patchsae.train import train_steps
 
 __all__ = ["ArrayDataset", "SparseAutoencoder", "collect_latents", "load_clip", "load_profile", "sae_loss",
-           "train_steps"]
+           "topk_masking", "train_steps"]
