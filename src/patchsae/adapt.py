@@ -5,6 +5,9 @@ sees the base half of the classes; the novel half is only tested on.
 """
 
 import copy
+import dataclasses
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from patchsae.activations import load_pixels
+from patchsae.checkpoints import load_tensors, save_tensors
 from patchsae.clip import Clip, class_prototypes
 from patchsae.config import AdaptationSettings, MethodSettings, Profile
 from patchsae.datasets import Subset, own_template
@@ -47,15 +51,14 @@ def halves(ds) -> dict[str, range]:
     return {"base": range(middle), "novel": range(middle, n)}
 
 
-def few_shots(ds, shots: int, seed: int) -> Subset:
-    """``shots`` images of every base class, as CoOp draws them: all classes in turn, from one random stream."""
+def few_shots(ds, classes: range, shots: int, seed: int) -> Subset:
+    """``shots`` images of each of these classes, as CoOp draws them: every class in turn, from one random stream."""
     by_class: dict[int, list[int]] = {}
     for row, label in enumerate(ds.labels.tolist()):
         by_class.setdefault(label, []).append(row)
     stream = random.Random(seed)
     rows = [row for found in by_class.values() for row in stream.sample(found, min(shots, len(found)))]
-    base = halves(ds)["base"]
-    return Subset(ds, base, [row for row in rows if ds.labels[row] in base])
+    return Subset(ds, classes, rows)
 
 
 def unadapted(clip: Clip, task: str) -> Adapted:
@@ -63,17 +66,56 @@ def unadapted(clip: Clip, task: str) -> Adapted:
     return Adapted(clip, lambda names: class_prototypes(clip, names, [own_template(task)]))
 
 
-def adapt(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, title: str = "") -> Adapted:
-    """Train one method on the few shots of a task's training split ``ds``."""
+def adapt(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base",
+          title: str = "") -> Adapted:
+    """Train one method on the few shots of a task's training split ``ds``: of the base half, or of "all" classes."""
     if method not in METHODS:
         raise ValueError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
-    shots = few_shots(ds, profile.adaptation.shots, seed)
+    classes = range(len(ds.class_names)) if part == "all" else halves(ds)[part]
+    shots = few_shots(ds, classes, profile.adaptation.shots, seed)
     if method in ("maple", "coop"):
-        return as_adapted(train_prompts(profile, new_prompts(profile, clip, shots.class_names, method, seed), shots,
-                                        method, seed, title))
+        start = new_prompts(profile, clip, shots.class_names, method, seed)
+        return as_adapted(train_prompts(profile, start, shots, method, seed, title))
     if method == "linear probe":
         return _linear_probe(clip, task, shots)
     return _tuned(profile, clip, task, shots, method, seed, title)
+
+
+def adaptation_key(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base") -> str:
+    """Hash of everything that decides an adapted model."""
+    shared = {k: v for k, v in dataclasses.asdict(profile.adaptation).items() if k not in ("tasks", "seeds")}
+    own = {} if method == "linear probe" else dataclasses.asdict(method_settings(profile, method))
+    key = [clip.fingerprint(), ds.fingerprint(), task, method, seed, part, shared, own]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adapted_model(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base",
+                  title: str = "") -> Adapted:
+    """The adapted model of the profile's settings: committed or trained before, else trained now and kept.
+
+    Prompts are kept as prompts, the methods that change weights as the image tower's weights.
+    """
+    if method == "linear probe":
+        return adapt(profile, clip, task, method, seed, ds, part)
+    key = adaptation_key(profile, clip, task, method, seed, ds, part)
+    for folder in (profile.data_dir / "adapted" / key, kept := profile.run_dir / "adapted" / key):
+        if (folder / "prompts.safetensors").is_file():
+            return as_adapted(MaPLe.load(folder, clip, ds.class_names))
+        if (folder / "tower.safetensors").is_file():
+            return Adapted(_with_tower(clip, load_tensors(folder / "tower.safetensors")), unadapted(clip, task).text)
+    found = adapt(profile, clip, task, method, seed, ds, part, title)
+    if isinstance(found.tower, MaPLe):
+        found.tower.save(kept)
+    else:
+        save_tensors(kept / "tower.safetensors", found.tower.model.vision_model.state_dict())
+    return found
+
+
+def _with_tower(clip: Clip, weights: dict[str, torch.Tensor]) -> Clip:
+    """The CLIP with other weights in its image tower."""
+    model = copy.deepcopy(clip.model)
+    model.vision_model.load_state_dict(weights)
+    return Clip(model, clip.tokenizer, clip.processor)
 
 
 def as_adapted(model: MaPLe) -> Adapted:

@@ -181,7 +181,7 @@ class MaPLe(Clip):
         """
         state = checkpoint if isinstance(checkpoint, dict) else read_foreign(Path(checkpoint))
         state = state.get("state_dict", state)
-        learned, frozen = _split(state, "the checkpoint")
+        learned, frozen = _split(state)
         found = 1 + sum(key.startswith("compound_prompts_text.") for key in learned)
         if depth is not None and found != depth:
             key = f"prompt_learner.compound_prompts_text.{min(found, depth) - 1}"
@@ -227,7 +227,7 @@ def _empty_prompts(clip: Clip, n: int, depth: int, vision: bool) -> Prompts:
 def _load(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Fill prompts; every key and shape must fit, or the first one that does not is named."""
     wanted = {name: tuple(p.shape) for name, p in prompts.state_dict().items()}
-    for name in sorted(wanted.keys() | tensors.keys()):
+    for name in sorted(wanted.keys() | tensors.keys(), key=lambda key: (key in tensors, key)):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != wanted.get(name):
             raise ValueError(f"The prompt weight {name} of {where} is {found}, but {wanted.get(name, 'none')} is asked "
@@ -237,19 +237,19 @@ def _load(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> Non
     prompts.load_state_dict({name: value.float() for name, value in tensors.items()})
 
 
-def _split(state: dict, where: str) -> tuple[dict, dict]:
+def _split(state: dict) -> tuple[dict, dict]:
     """Prompts, and CLIP under OpenAI's names. The embedded class names it was trained with are left out."""
     learned, frozen = {}, {}
     prefixes = {"prompt_learner.": (learned, ""), "image_encoder.": (frozen, "visual."), "text_encoder.": (frozen, "")}
     for key, value in state.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
         if not torch.is_tensor(value) or prefix is None and key != "logit_scale":
-            raise ValueError(f"The key {key} of {where} does not belong to MaPLe; give its model.pth.tar-N.")
+            raise ValueError(f"The checkpoint's key {key} does not belong to MaPLe; give its model.pth.tar-N.")
         target, name = prefixes.get(prefix, (frozen, ""))
         if key not in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
             target[name + key[len(prefix or ""):]] = value
     if "ctx" not in learned or learned["ctx"].ndim != 2:
-        raise ValueError(f"{where[0].upper()}{where[1:]} lacks the key prompt_learner.ctx; give MaPLe's model.pth.tar-N.")
+        raise ValueError("The checkpoint lacks the key prompt_learner.ctx; give MaPLe's model.pth.tar-N.")
     return learned, frozen
 
 

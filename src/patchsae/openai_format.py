@@ -62,7 +62,7 @@ def clip_model(state: dict[str, torch.Tensor]) -> CLIPModel:
         raise ValueError(f"The checkpoint lacks the key {name}; fetch it again.")
     model = CLIPModel(_config(weights))
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items() if "position_ids" not in name}
-    for name in sorted(wanted.keys() | weights.keys()):
+    for name in sorted(wanted.keys() | weights.keys(), key=lambda key: (key in weights, key)):
         shape = tuple(weights[name].shape) if name in weights else "missing"
         if shape != wanted.get(name):
             raise ValueError(f"The checkpoint's weight {name} is {shape}, but the others ask for "
