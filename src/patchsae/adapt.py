@@ -140,7 +140,7 @@ def train_prompts(profile: Profile, model: MaPLe, shots, method: str, seed: int,
     def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.logits(embeddings, model.text(model.token_ids)), labels)
 
-    rates = [WARM_UP_RATE, *_cosine(s.learning_rate, s.epochs)[:-1]]
+    rates = [WARM_UP_RATE, *_cosine(s.learning_rate, s.epochs_of(len(shots)))[:-1]]
     _train(profile.adaptation, s, model, shots, optimizer, rates, loss, seed, title, fixed=method == "coop")
     return model
 
@@ -158,7 +158,7 @@ def _tuned(profile: Profile, clip: Clip, task: str, shots, method: str, seed: in
     text = unadapted(clip, task).text
     features = text(shots.class_names)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
-    _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs),
+    _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs_of(len(shots))),
            lambda embeddings, labels: F.cross_entropy(tower.logits(embeddings, features), labels), seed, title)
     return Adapted(Clip(_merged(model), clip.tokenizer, clip.processor), text)
 

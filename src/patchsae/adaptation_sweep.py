@@ -4,18 +4,20 @@ What is in the tables already is not computed again, and adapted models are kept
 interrupted run goes on where it stopped.
 """
 
+import functools
 import itertools
 import shutil
 
 import pandas as pd
 import torch
 
+from patchsae.activations import pixel_batches
 from patchsae.adapt import METHODS, adaptation_key, adapted_model, as_adapted, halves, new_prompts, unadapted
 from patchsae.adaptation import swap_table
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import Profile, device, start
-from patchsae.datasets import Subset, open_dataset
+from patchsae.datasets import ArrayDataset, Subset, open_dataset
 
 #: Methods whose adapted models are committed: the small ones.
 KEPT = ("maple", "coop")
@@ -35,6 +37,14 @@ def committed_table(profile: Profile, name: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
+@functools.lru_cache(maxsize=2)
+def preprocessed(profile: Profile, clip: Clip, task: str) -> ArrayDataset:
+    """The test images of a task, drawn and preprocessed once for all methods."""
+    ds = open_dataset(profile, task, "test")
+    pixels = torch.cat([batch.pixels.cpu() for batch in pixel_batches(clip, ds)])
+    return ArrayDataset(pixels, ds.labels, range(len(ds)), ds.class_names)
+
+
 def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, train, part: str = "base"):
     """The adapted model of a method, or of the control whose prompts nobody trained."""
     if method == UNTRAINED:
@@ -46,7 +56,7 @@ def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, tr
 def accuracy_rows(profile: Profile, clip: Clip, task: str, method: str, seed: int) -> pd.DataFrame:
     """Accuracy on both halves of a task's test split, with the image tower and the text features of CLIP and of the
     adapted model in every combination: task, half, method, seed, key, image, text, n, accuracy, low, high."""
-    train, test = (open_dataset(profile, task, split) for split in ("train", "test"))
+    train, test = open_dataset(profile, task, "train"), preprocessed(profile, clip, task)
     after = model_of(profile, clip, task, method, seed, train)
     rows = [swap_table(unadapted(clip, task), after, Subset(test, classes)).assign(half=half)
             for half, classes in halves(test).items()]
@@ -61,7 +71,7 @@ def transfer_rows(profile: Profile, clip: Clip, method: str, seed: int) -> pd.Da
     after = model_of(profile, clip, source, method, seed, open_dataset(profile, source, "train"), "all")
     rows = []
     for task in profile.adaptation.tasks:
-        table = swap_table(unadapted(clip, task), after, open_dataset(profile, task, "test"))
+        table = swap_table(unadapted(clip, task), after, preprocessed(profile, clip, task))
         rows.append(table[table["image"] == table["text"]].assign(task=task))
     return pd.concat(rows).assign(source=source, method=method, seed=seed)
 

@@ -86,11 +86,16 @@ class AdaptationSettings:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """How one method of adaptation is trained."""
+    """How one method of adaptation is trained: ``epochs``, or as many as ``least_steps`` steps take if that is more."""
 
     learning_rate: float
     epochs: int
+    least_steps: int
     batch_images: int
+
+    def epochs_of(self, images: int) -> int:
+        """Epochs over so many images; the last, smaller batch of each is dropped."""
+        return max(self.epochs, -(-self.least_steps // max(1, images // self.batch_images)))
 
 
 @dataclass(frozen=True)

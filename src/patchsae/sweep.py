@@ -19,12 +19,14 @@ from patchsae.train import committed_folder, new_sae, run_folder, run_key, train
 #: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
 CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
            "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
-           "class token only": {"tokens": "cls"}}
+           "b_dec geometric median": {"b_dec": "geometric_median"}, "class token only": {"tokens": "cls"}}
 #: These are factors on the profile's value, the others values.
 FACTORS = ("l1", "expansion")
 #: Autoencoders that other notebooks look into.
 KEPT = ("default", "layer", "class token")
 SEEDS = 3
+#: Of the log of an autoencoder that is kept, every tenth step is.
+LOG_EVERY = 10
 
 
 def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
@@ -95,7 +97,9 @@ def _sae(name: str, profile: Profile, clip: Clip):
         return new_sae(profile, clip, train)
     sae, _ = train_sae(profile, clip, train, run_folder(profile, clip))
     if name.startswith(KEPT):
-        shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
+        folder = shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
+        log = pd.read_csv(folder / "log.csv")[LOG_EVERY - 1::LOG_EVERY]
+        write_atomically(folder / "log.csv", lambda path: log.to_csv(path, index=False))
     return sae
 
 

@@ -145,7 +145,7 @@ def committed_folder(profile: Profile, clip: Clip) -> Path:
 
 
 def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
-    """The log of the committed training of exactly these settings, or None."""
+    """The log of the committed training of exactly these settings, every tenth step of it, or None."""
     path = committed_folder(profile, clip) / "log.csv"
     return pd.read_csv(path) if path.is_file() else None
 
