@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from patchsae.checkpoints import tensor_hash
 from patchsae.config import ROOT
+from patchsae.openai import read_openai
 
 
 class Clip:
@@ -122,12 +123,26 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
 
 
 def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | None = None) -> Clip:
-    """Load a CLIP from a local folder (absolute, or relative to the project's root) or from the hub.
+    """Load a CLIP from a local folder or file (absolute, or relative to the project's root) or from the hub.
 
-    A folder without a tokenizer or preprocessor still gives ``below`` and ``above``.
+    A folder without a tokenizer or preprocessor still gives ``below`` and ``above``. A file is one in OpenAI's layout;
+    its tokenizer is looked for beside it.
     """
-    folder = ROOT / name_or_path
-    source = str(folder if folder.is_dir() else name_or_path)
+    path = ROOT / name_or_path
+    if path.is_file():
+        model = read_openai(path)
+        size = model.config.vision_config.image_size
+        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        tokenizer = _optional(AutoTokenizer, str(path.parent), None, "tokenizer_config.json")
+        return Clip(model.to(device), tokenizer, processor)
+    source = str(path if path.is_dir() else name_or_path)
+    return Clip(_load_model(source, name_or_path, revision).to(device),
+                _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
+                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+
+
+def _load_model(source: str, name_or_path: str | Path, revision: str | None) -> CLIPModel:
+    """A model in the layout of transformers, in float32."""
     try:
         model, report = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32,
                                                   output_loading_info=True)
@@ -139,8 +154,7 @@ def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | Non
         raise ValueError(f"The CLIP at {name_or_path} cannot be loaded ({reason}); fetch it again.") from error
     if report["missing_keys"]:
         raise ValueError(f"The CLIP at {name_or_path} lacks the weight {min(report['missing_keys'])}; fetch it again.")
-    return Clip(model.to(device), _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
-                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+    return model
 
 
 def _optional(kind, source: str, revision, needed: str):
