@@ -18,9 +18,10 @@ PROFILES = Path(__file__).with_name("profiles")
 @dataclass(frozen=True)
 class ModelSettings:
     """Which CLIP, where it is cut (``layer``, sec. 3.1), which layers it is compared with (A.2), and which prompt
-    ensemble classifies (sec. 4.1)."""
+    ensemble classifies (sec. 4.1). ``get``: the command that gets the weights."""
 
     name: str
+    get: str
     layer: int
     other_layers: tuple[int, ...]
     templates: str
@@ -30,10 +31,12 @@ class ModelSettings:
 class DataSettings:
     """Where images come from and how many are used; ``batch_images`` is for passes that do not train.
 
-    ``image_size``: pixels a side that images in files are cropped to, as the model takes them.
+    ``image_size``: pixels a side that images in files are cropped to, as the model takes them. ``get``: the command
+    that gets them.
     """
 
     source: str
+    get: str
     task: str
     transfer: tuple[str, ...]
     image_size: int
