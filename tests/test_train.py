@@ -10,7 +10,7 @@ import torch
 from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
-import patchsae.sae
+import patchsae.formats
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
 from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
@@ -456,7 +456,7 @@ def test_a_finished_run_is_read_not_trained(whole, clip, home):
 def test_interrupted_while_the_finished_autoencoder_is_written(whole, clip, home, monkeypatch, name, after):
     profile, ds, _, expected, _ = whole
     with monkeypatch.context() as patch:
-        interrupt_once(patch, patchsae.sae, name, 1, after)
+        interrupt_once(patch, patchsae.formats, name, 1, after)
         with pytest.raises(KeyboardInterrupt):
             trained_sae(profile, clip, ds)
     again = trained_sae(profile, clip, ds)

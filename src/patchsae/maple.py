@@ -15,7 +15,7 @@ from torch import nn
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
 from patchsae.clip import Clip
 from patchsae.foreign import read_foreign
-from patchsae.openai_format import clip_model, to_transformers
+from patchsae.openai import clip_model, renamed
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
@@ -258,13 +258,13 @@ def _official_clip(frozen: dict, token_embedding) -> Clip:
     if token_embedding is None:
         raise ValueError("MaPLe's checkpoint has no token embedding; give CLIP's as token_embedding, or a whole clip.")
     table = getattr(token_embedding, "weight", token_embedding)
-    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}))
+    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}, "The checkpoint"))
 
 
 def _checked_clip(clip: Clip, frozen: dict) -> Clip:
     """The given CLIP, after a look whether the checkpoint was trained on it: equal but for half precision."""
     own = clip.model.state_dict()
-    for name, value in to_transformers(frozen).items():
+    for name, value in renamed(frozen).items():
         close = name in own and own[name].shape == value.shape and torch.allclose(
             own[name].cpu(), value.cpu(), rtol=2**-10, atol=1e-6)
         if not close:

@@ -46,11 +46,16 @@ def table_path(profile: Profile) -> Path:
     return profile.data_dir / "table2.csv"
 
 
-def table2(profile: Profile) -> pd.DataFrame:
-    """The committed table: configuration, seed, key and what ``fidelity.measure`` gives."""
-    if not table_path(profile).is_file():
-        raise FileNotFoundError(f"There is no {table_path(profile)}; run make mini-artifacts, which trains its rows.")
-    return pd.read_csv(table_path(profile))
+def table2(profile: Profile, quality: pd.DataFrame) -> pd.DataFrame:
+    """The profile's sweep: configuration, seed, key and what ``fidelity.measure`` gives.
+
+    Where the profile has none (``make mini-artifacts`` makes one), ``quality`` stands in for it: a column of
+    measurements for "trained" and one for "random".
+    """
+    if table_path(profile).is_file():
+        return pd.read_csv(table_path(profile))
+    rows = quality.T.rename({"trained": "default"}).rename_axis("configuration").reset_index()
+    return rows.assign(seed=profile.seed, key="")
 
 
 def committed_row(profile: Profile, clip: Clip) -> pd.Series | None:
