@@ -310,7 +310,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
     profile, ds = whole[:2]
     tokens = TrainingTokens(clip, ds, -2)
     first = torch.cat([tokens[training_rows(len(ds), step, 4, profile.seed)] for step in range(8)])
-    sae = new_sae(profile, clip, ds)
+    sae = new_sae(profile.with_sae(b_dec="geometric_median"), clip, ds)
     assert tuple(sae.W_enc.shape) == (12, 36)
     points = first.flatten(0, 1).double()
     distances = (points - sae.b_dec.detach().double()).norm(dim=1)

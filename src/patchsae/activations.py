@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
+from patchsae.datasets import ArrayDataset
 from patchsae.images import Unreadable
 
 #: Tokens of a training set are kept in memory up to this size: 1 GiB.
@@ -119,6 +120,16 @@ def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> It
         raise ValueError("The data set is empty; give one with at least one image.")
     batches = [np.arange(start, min(start + batch_images, len(ds))) for start in range(0, len(ds), batch_images)]
     yield from tqdm(read_pixels(clip, ds, batches), total=len(batches), desc=title, disable=not title, mininterval=1)
+
+
+def kept_pixels(clip: Clip, ds):
+    """The data set with its images read and preprocessed once, for several passes; itself where they do not fit into
+    ``MEMORY`` bytes. Content ids and labels stay."""
+    if 12 * len(ds) * clip.image_size**2 > MEMORY:
+        return ds
+    batches = list(pixel_batches(clip, ds))
+    return ArrayDataset(torch.cat([b.pixels.cpu() for b in batches]), torch.cat([b.labels for b in batches]),
+                        [name for b in batches for name in b.ids], ds.class_names)
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ class AdaptationSettings:
 
     ``tasks``: adapted to, one by one. ``shots``: training images per base class. ``n_prompts`` tokens enter each of
     the first ``depth`` blocks of both towers (MaPLe). ``augment``: random crops and mirror images in training.
+    ``images``: training images per task that statistics and readouts are taken of.
     """
 
     tasks: tuple[str, ...]
@@ -89,6 +90,7 @@ class AdaptationSettings:
     n_prompts: int
     depth: int
     augment: bool
+    images: int
 
 
 @dataclass(frozen=True)

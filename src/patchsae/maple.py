@@ -151,6 +151,10 @@ class MaPLe(Clip):
         own = {} if self.prompts is None else self.prompts.state_dict()
         return tensor_hash(self.model.state_dict() | {f"prompts.{k}": v for k, v in own.items()})
 
+    def without_prompts(self) -> "MaPLe":
+        """The same towers with the prompts switched off: the plain CLIP, by the same code."""
+        return MaPLe(self, None, self.token_ids)
+
     def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
         """The same prompts with the names of other classes."""
         return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names)))

@@ -12,7 +12,7 @@ import torch
 from patchsae.activations import token_batches
 from patchsae.adapt import Adapted, image_embeddings
 from patchsae.clip import Clip
-from patchsae.datasets import SceneDataset
+from patchsae.datasets import SceneDataset, Subset
 from patchsae.masks import average_precision, concept_list, patch_concepts
 from patchsae.probes import linear_weights
 from patchsae.sae import SparseAutoencoder
@@ -51,30 +51,23 @@ def class_readout(tower: Clip, sae: SparseAutoencoder, train, test, layer: int) 
 
 
 @torch.no_grad()
-def patch_latents(tower: Clip, sae: SparseAutoencoder, ds, layer: int, rows: np.ndarray) -> torch.Tensor:
-    """Latents of some of all patch tokens of a data set: ``[len(rows),S]``; rows count patches, images in order."""
-    found, n = [], tower.n_tokens - 1
-    for batch in token_batches(tower, ds, layer):
-        first = int(batch.rows[0]) * n
-        mine = rows[(rows >= first) & (rows < first + len(batch.z) * n)] - first
-        found.append(sae.encode(batch.z[:, 1:tower.n_tokens].flatten(0, 1)[torch.from_numpy(mine)]))
-    return torch.cat(found)
+def _patches(tower: Clip, sae: SparseAutoencoder, ds: SceneDataset, layer: int, kinds, n_images: int) -> tuple:
+    """Latents of the patches of the first scenes ``[N,S]``, and the concepts they show, bool ``[N,K]``."""
+    rows = range(min(n_images, len(ds)))
+    first = Subset(ds, range(len(ds.class_names)), rows)
+    latents = [sae.encode(batch.z[:, 1:tower.n_tokens]).flatten(0, 1) for batch in token_batches(tower, first, layer)]
+    return torch.cat(latents), patch_concepts(ds, rows, kinds).reshape(-1, len(concept_list(kinds)))
 
 
 def concept_readout(tower: Clip, sae: SparseAutoencoder, train: SceneDataset, test: SceneDataset, layer: int,
-                    kinds, n_patches: int = 8192, seed: int = 0) -> pd.DataFrame:
+                    kinds, n_images: int) -> pd.DataFrame:
     """How well each ground-truth concept can be read linearly from the latents of single patches.
 
-    One regression per kind on ``n_patches`` patches drawn at random from each split, those that show exactly one
+    One regression per kind on the patches of the first ``n_images`` scenes of each split, those that show exactly one
     concept of the kind or none. Columns kind, concept, ap (area under the precision-recall curve), share (of patches,
     which is what chance gives).
     """
-    rng, parts = np.random.default_rng(seed), []
-    for ds in (train, test):
-        rows = np.sort(rng.choice(len(ds) * (tower.n_tokens - 1), n_patches, replace=False))
-        shown = patch_concepts(ds, range(len(ds)), kinds).reshape(-1, len(concept_list(kinds)))[rows]
-        parts.append((patch_latents(tower, sae, ds, layer, rows), shown))
-    (x, y), (x_test, y_test) = parts
+    (x, y), (x_test, y_test) = (_patches(tower, sae, ds, layer, kinds, n_images) for ds in (train, test))
     tables = []
     for kind in kinds:
         columns = [i for i, (k, _) in enumerate(concept_list(kinds)) if k == kind]
