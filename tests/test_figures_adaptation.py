@@ -35,7 +35,7 @@ def labels_of(figure):
 def test_method_dots_show_every_method_once_a_task():
     rows = table(task=TASKS, half=HALVES, method=list(fa.METHOD_LOOKS))
     figure = fa.method_dots(rows)
-    assert labels_of(figure) == set(fa.METHOD_LOOKS)
+    assert labels_of(figure) == {look[0] for look in fa.METHOD_LOOKS.values()}
     panel = figure.axes[0]
     drawn = sorted(x for line in panel.lines for x in line.get_xdata())
     assert np.allclose(drawn, sorted(rows[rows["half"] == "base"]["accuracy"]))

@@ -9,12 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from patchsae.canvas import BLUE, GREEN, GREY, INK, ORANGE, PAGE, PALE, PURPLE, RED, filled, need, new_figure
+from patchsae.canvas import BLUE, GREEN, GREY, INK, ORANGE, PAGE, PALE, RED, filled, need, new_figure
 from patchsae.figures_ablation import k_axis, line
 
-#: Method -> colour and marker.
-METHOD_LOOKS = {"zero-shot": (INK, "|"), "maple": (BLUE, "o"), "coop": ("#56b4e9", "D"), "lora": (ORANGE, "s"),
-                "linear probe": (GREEN, "^"), "fine-tuning": (RED, "v"), "untrained prompts": (PALE, "X")}
+#: Method -> name, colour and marker.
+METHOD_LOOKS = {"zero-shot": ("zero-shot", INK, "|"), "maple": ("MaPLe", BLUE, "o"), "coop": ("CoOp", "#56b4e9", "D"),
+                "lora": ("LoRA", ORANGE, "s"), "linear probe": ("linear probe", GREEN, "^"),
+                "fine-tuning": ("fine-tuning", RED, "v"), "untrained prompts": ("untrained prompts", PALE, "X")}
 PART_LOOKS = {"image": ORANGE, "text": BLUE, "interaction": PALE}
 GROUP_LOOKS = {"high": GREEN, "high to low": ORANGE, "low to high": BLUE}
 READ_LOOKS = {"zero-shot": ("zero-shot", INK, "|"), "adapted": ("MaPLe", BLUE, "o"),
@@ -37,7 +38,7 @@ def method_dots(table: pd.DataFrame) -> Figure:
         for i, method in enumerate(m for m in METHOD_LOOKS if m in set(rows["method"])):
             mine = rows[rows["method"] == method].set_index("task")
             at = np.array([tasks.index(task) for task in mine.index]) + 0.1 * (i - 3)
-            _dots(panel, mine, at, method, *METHOD_LOOKS[method])
+            _dots(panel, mine, at, *METHOD_LOOKS[method])
         panel.set(title=f"{half} classes", xlabel="accuracy", yticks=range(len(tasks)), yticklabels=tasks)
         _percent_rows(panel, len(tasks))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, columnspacing=1)
@@ -149,8 +150,10 @@ def activation_scatter(panels: Mapping[str, tuple[torch.Tensor, torch.Tensor]], 
             panel.plot(x[mine], y[mine], "o", ms=2.6, mew=0, color=colour, label=group, alpha=0.9, rasterized=True)
         panel.set(xscale="log", yscale="log", title=title, aspect="equal")
         panel.text(0.04, 0.96, notes[title], transform=panel.transAxes, va="top", fontsize=6, color=GREY)
-    figure.supxlabel("1 + active tokens, CLIP", fontsize=7)
-    figure.supylabel("1 + active tokens, MaPLe", fontsize=7)
+    for panel in axes[::columns]:
+        panel.set_ylabel("1 + active tokens, MaPLe")
+    for panel in axes[-columns:]:
+        panel.set_xlabel("1 + active tokens, CLIP")
     if members:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=1.6)
     return figure
@@ -229,7 +232,7 @@ def sides_curves(table: pd.DataFrame) -> Figure:
     figure = new_figure(PAGE, 2.4)
     axes = figure.subplots(1, 2, sharey=True)
     looks = {("clip", "clip"): (ORANGE, "o", "-"), ("adapted", "clip"): (ORANGE, "s", (0, (3, 1.5))),
-             ("clip", "adapted"): (BLUE, "o", "-"), ("adapted", "adapted"): (PURPLE, "s", (0, (3, 1.5)))}
+             ("clip", "adapted"): (BLUE, "o", "-"), ("adapted", "adapted"): (BLUE, "s", (0, (3, 1.5)))}
     for panel, mode in zip(axes, ("on", "off")):
         rows = table[table["mode"] == mode]
         for (trained, classifies), look in looks.items():
