@@ -71,6 +71,7 @@ mini-clip: | env  ## train the small CLIP of data/mini/ again
 
 mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
 	"$(PYTHON)" -m patchsae.sweep
+	"$(PYTHON)" -m patchsae.adaptation_sweep
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks

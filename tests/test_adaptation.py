@@ -140,7 +140,8 @@ def test_correlations_at_their_extremes():
 
 def test_prompt_tokens_count_only_when_they_are_asked_for(models, few):
     tower, sae = models[1].tower, random_sae(bias=0.4)
-    alone, mixed = (collect_latents(tower, sae, few, LAYER, n_reference=3, tokens=t) for t in ("all", "all and prompts"))
+    alone, mixed = (collect_latents(tower, sae, few, LAYER, n_reference=3, tokens=tokens)
+                    for tokens in ("all", "all and prompts"))
     h = sae.encode(tower.below(few.pixels, LAYER))
     assert torch.equal(alone.class_counts.sum(0), (h[:, :tower.n_tokens] > 0.2).sum((0, 1)))
     assert torch.equal(mixed.class_counts.sum(0), (h > 0.2).sum((0, 1)))
@@ -150,7 +151,8 @@ def test_prompt_tokens_count_only_when_they_are_asked_for(models, few):
 def test_masking_leaves_prompt_tokens_as_they_are(models, few):
     tower, sae = models[1].tower, random_sae(bias=0.4)
     ranking = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(c)) for c in range(5)])
-    rows = topk_masking(tower, sae, few, None, models[1].text(NAMES), LAYER, [3, "all"], ranking=ranking, per_image=True)
+    rows = topk_masking(tower, sae, few, None, models[1].text(NAMES), LAYER, [3, "all"], ranking=ranking,
+                        per_image=True)
     for i in range(4):
         z = tower.below(few.pixels[i:i + 1], LAYER)
         image, prompts = z[:, :tower.n_tokens], z[:, tower.n_tokens:]

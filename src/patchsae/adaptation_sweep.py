@@ -24,7 +24,7 @@ from patchsae.latents import collect_latents
 from patchsae.probes import PROBED
 from patchsae.remapping import class_readout, concept_readout
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import trained_sae
+from patchsae.train import committed_folder, trained_sae
 
 #: Methods whose adapted models are committed, because they are small; those that change the image tower.
 KEPT, TOWERS = ("maple", "coop"), ("maple", "lora", "fine-tuning", UNTRAINED)
@@ -139,6 +139,18 @@ def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd
                                      functools.partial(concept_rows, profile, clip, sae))}
 
 
+def farthest_task(latents: pd.DataFrame, seed: int) -> str:
+    """The task to which MaPLe's adaptation changed the activations of the base classes most."""
+    rows = latents[(latents["method"] == "maple") & (latents["seed"] == seed) & (latents["half"] == "base")]
+    return rows.loc[rows["pearson_log"].idxmin(), "task"]
+
+
+def sae_of_the_adapted(profile: Profile, clip: Clip, task: str) -> SparseAutoencoder:
+    """The autoencoder of the profile's settings and images, trained on the tower that MaPLe adapted to ``task``."""
+    tower = model_of(profile, clip, task, "maple", profile.adaptation.seeds[0]).tower
+    return trained_sae(profile, tower, open_dataset(profile, profile.data.task, "train"))
+
+
 def commit(profile: Profile, clip: Clip) -> None:
     """Copy the small adapted models to the committed data."""
     for task, method, seed in itertools.product(profile.adaptation.tasks, KEPT, profile.adaptation.seeds):
@@ -150,8 +162,11 @@ def commit(profile: Profile, clip: Clip) -> None:
 def run(profile: Profile) -> None:
     """Make every table, and keep the adapted models that notebooks look into."""
     clip = load_clip(profile.model.name, device())
-    tables(profile, clip, trained_sae(profile, clip, open_dataset(profile, profile.data.task, "train")))
+    made = tables(profile, clip, trained_sae(profile, clip, open_dataset(profile, profile.data.task, "train")))
     commit(profile, clip)
+    far = farthest_task(made["latents"], profile.adaptation.seeds[0])
+    folder = committed_folder(profile, model_of(profile, clip, far, "maple", profile.adaptation.seeds[0]).tower)
+    sae_of_the_adapted(profile, clip, far).save_pretrained(folder)
 
 
 if __name__ == "__main__":
