@@ -198,8 +198,10 @@ def test_a_readout_reads_what_is_there_and_nothing_else():
 
 def test_image_latents_leave_prompts_out(models, few):
     tower, sae = models[1].tower, random_sae(bias=0.4)
+    means, counts = remapping.image_latents(tower, sae, few, LAYER, 0.3)
     h = sae.encode(tower.below(few.pixels, LAYER)[:, :tower.n_tokens]).mean(1)
-    assert torch.allclose(remapping.image_latents(tower, sae, few, LAYER, 4), h, atol=1e-6)
+    assert torch.allclose(means, h, atol=1e-6)
+    assert torch.equal(counts, collect_latents(tower, sae, few, LAYER, 0.3, n_reference=3).class_counts)
 
 
 @pytest.mark.parametrize("values, share", [((0.2, 0.8, 0.8), 1), ((0.2, 0.8, 1.0), 1), ((0.2, 0.8, 0.5), 0.5),

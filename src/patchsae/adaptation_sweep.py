@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from patchsae.activations import kept_pixels
 from patchsae.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, halves, unadapted
@@ -20,14 +21,13 @@ from patchsae.clip import Clip, load_clip
 from patchsae.config import Profile, device, start
 from patchsae.datasets import Subset, open_dataset
 from patchsae.fidelity import measure
-from patchsae.latents import collect_latents
 from patchsae.probes import PROBED
-from patchsae.remapping import class_readout, concept_readout
+from patchsae.remapping import concept_readout, image_latents, readout
 from patchsae.sae import SparseAutoencoder
 from patchsae.train import committed_folder, trained_sae
 
-#: Methods whose adapted models are committed, because they are small; those that change the image tower.
-KEPT, TOWERS = ("maple", "coop"), ("maple", "lora", "fine-tuning", UNTRAINED)
+#: Methods whose adapted models are committed, because they are small.
+KEPT = ("maple", "coop")
 #: Ranks that end "high" and begin "low" in the tables.
 UPPER, LOWER = 10, 100
 FIDELITY = ["mse", "l0", "dead", "ev_patch", "ev_cls", "accuracy_original", "accuracy_spliced"]
@@ -73,24 +73,33 @@ def transfer_rows(profile: Profile, clip: Clip, task: str, method: str, seed: in
     return pd.concat(rows)
 
 
+@functools.lru_cache(maxsize=4)
+def clip_counts(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, classes: range) -> torch.Tensor:
+    """Class counts of the unadapted tower on training images."""
+    seen = Subset(images(profile, clip, task, "train"), classes)
+    return image_latents(clip, sae, seen, profile.model.layer, profile.latents.tau)[1]
+
+
 def latent_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
                 seed: int) -> pd.DataFrame:
     """What the latents of CLIP's autoencoder say in an adapted tower: one row per half.
 
-    readable, low, high: accuracy of a linear readout of the classes; what ``fidelity.measure`` gives; correlations of
-    data-set-level activations with CLIP's; latents per class in each group (ranks 10 and 100).
+    readable, low, high: accuracy of a linear readout of the classes, fitted to training and scored on test images;
+    what ``fidelity.measure`` gives on the first test images; correlations of data-set-level activations with CLIP's;
+    latents per class in each group (ranks 10 and 100).
     """
-    before, after = unadapted(clip, task).tower, model_of(profile, clip, task, method, seed)
-    train, test, layer, rows = *(images(profile, clip, task, s) for s in ("train", "test")), profile.model.layer, []
+    after, layer, tau = model_of(profile, clip, task, method, seed), profile.model.layer, profile.latents.tau
+    train, test, rows = *(images(profile, clip, task, split) for split in ("train", "test")), []
     for half, classes in halves(test).items():
         seen, unseen = Subset(train, classes), Subset(test, classes)
-        counts = [collect_latents(tower, sae, seen, layer, profile.latents.tau).class_counts
-                  for tower in (before, after.tower)]
-        sizes = group_sizes(*counts, [UPPER], [LOWER]).set_index("group")["mean"]
-        found = interval(class_readout(after.tower, sae, seen, unseen, layer))
-        quality = measure(after.tower, sae, unseen, after.text(unseen.class_names), layer)[FIDELITY]
+        few = Subset(test, classes, range(len(test) // 2))
+        (x, counts), (x_test, _) = (image_latents(after.tower, sae, ds, layer, tau) for ds in (seen, unseen))
+        before = clip_counts(profile, clip, sae, task, classes)
+        found = interval(readout(x, seen.labels, x_test).argmax(1).cpu().numpy() == unseen.labels)
+        sizes = group_sizes(before, counts, [UPPER], [LOWER]).set_index("group")["mean"]
+        quality = measure(after.tower, sae, few, after.text(few.class_names), layer)[FIDELITY]
         rows.append({"half": half, "readable": found["accuracy"], "low": found["low"], "high": found["high"]}
-                    | quality.to_dict() | correlations(*(c.sum(0) for c in counts)) | sizes.to_dict())
+                    | quality.to_dict() | correlations(before.sum(0), counts.sum(0)) | sizes.to_dict())
     return pd.DataFrame(rows)
 
 
@@ -126,16 +135,18 @@ def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd
     tasks, seeds, own = profile.adaptation.tasks, profile.adaptation.seeds, profile.data.task
     plain = [(task, "zero-shot", 0) for task in tasks]
 
-    def each(*methods):
+    def each(*methods, seeds=seeds):
         return list(itertools.product(tasks, methods, seeds))
 
     return {"accuracy": filled_table(profile, clip, "accuracy", each(*METHODS, UNTRAINED),
                                      functools.partial(accuracy_rows, profile, clip)),
             "transfer": filled_table(profile, clip, "transfer", list(itertools.product([own], KEPT, seeds)),
                                      functools.partial(transfer_rows, profile, clip)),
-            "latents": filled_table(profile, clip, "latents", plain + each(*TOWERS),
+            "latents": filled_table(profile, clip, "latents",
+                                    plain + each("maple", UNTRAINED) + each("lora", "fine-tuning", seeds=seeds[:1]),
                                     functools.partial(latent_rows, profile, clip, sae)),
-            "concepts": filled_table(profile, clip, "concepts", plain[:1] + each("maple", UNTRAINED),
+            "concepts": filled_table(profile, clip, "concepts",
+                                     plain[:1] + each("maple") + each(UNTRAINED, seeds=seeds[:1]),
                                      functools.partial(concept_rows, profile, clip, sae))}
 
 

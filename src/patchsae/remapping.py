@@ -22,10 +22,17 @@ PENALTY = 1e-3
 
 
 @torch.no_grad()
-def image_latents(tower: Clip, sae: SparseAutoencoder, ds, layer: int, batch_images: int = 64) -> torch.Tensor:
-    """Image-level activations: ``[N,S]``, the mean over image tokens; prompt tokens are left out (sec. 3.2)."""
-    return torch.cat([sae.encode(batch.z[:, :tower.n_tokens]).mean(1)
-                      for batch in token_batches(tower, ds, layer, batch_images)])
+def image_latents(tower: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image-level activations ``[N,S]``, means over image tokens, and class counts ``[C,S]`` (sec. 3.2, eq. 5).
+
+    One pass; counts are those of ``collect_latents``. Prompt tokens are left out.
+    """
+    means, counts = [], torch.zeros(len(ds.class_names), sae.n_latents, dtype=torch.long, device=tower.device)
+    for batch in token_batches(tower, ds, layer):
+        h = sae.encode(batch.z[:, :tower.n_tokens])
+        means.append(h.mean(1))
+        counts.index_add_(0, batch.labels.to(tower.device), (h > tau).sum(1))
+    return torch.cat(means), counts.cpu()
 
 
 def readout(x: torch.Tensor, labels, x_test: torch.Tensor) -> torch.Tensor:
@@ -42,12 +49,6 @@ def readout(x: torch.Tensor, labels, x_test: torch.Tensor) -> torch.Tensor:
         return torch.cat([part, one.expand(len(part), 1)], 1)
 
     return scaled(x_test) @ linear_weights(scaled(x), labels.to(x.device), int(labels.max()) + 1, PENALTY).T
-
-
-def class_readout(tower: Clip, sae: SparseAutoencoder, train, test, layer: int) -> np.ndarray:
-    """Which test images a readout of their image-level latents classifies right: bool ``[N]``."""
-    x, x_test = (image_latents(tower, sae, ds, layer) for ds in (train, test))
-    return readout(x, train.labels, x_test).argmax(1).cpu().numpy() == test.labels
 
 
 @torch.no_grad()
