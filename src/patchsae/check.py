@@ -71,7 +71,7 @@ def _images(profile: Profile, task: str) -> Need:
     title = f"{row['title']} ({task}), {row['gigabytes']} GB"
     if "hub" not in row:
         return Need(f"{title}: {_short(absent[0] if absent else root / row['folder'])}", not absent, where_from(task))
-    cached = (Path(constants.HF_HOME) / "datasets" / row["hub"]["id"].replace("/", "___").lower()).is_dir()
+    cached = (Path(constants.HF_HOME) / "datasets" / row["hub"]["id"].replace("/", "___")).is_dir()
     return Need(title, not absent or cached, " or ".join(dict.fromkeys((profile.data.get, where_from(task)))))
 
 
