@@ -78,7 +78,7 @@ def test_model_of_the_hub_is_there_when_its_cache_has_it(tmp_path, monkeypatch):
         assert not has(name, tmp_path)
         (folder / file).write_text("{}")
     assert has(name, tmp_path) and not has(name.replace("16@", "32@"), tmp_path)
-    assert check.has_model("data/mini/clip") and not check.has_model("data/nothing")
+    assert check.model_file("data/mini/clip") and not check.model_file("data/nothing")
 
 
 def has(name, cache) -> bool:
@@ -89,7 +89,7 @@ def has(name, cache) -> bool:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=cache))
-        return check.has_model(name)
+        return check.model_file(name) is not None
 
 
 # Fetching
@@ -139,6 +139,19 @@ def test_tasks_the_hub_does_not_have_are_named(tmp_path, monkeypatch):
     lines = fetch.fetch_images(load_profile("paper"))
     assert len(lines) == 7 and any(line.startswith("cifar100: 10 images") for line in lines)
     assert any(line.startswith("caltech101: not on the hub") for line in lines)
+
+
+def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, monkeypatch):
+    profile = load_profile("mini")
+    digest = file_sha256(ROOT / "data" / "mini" / "clip" / "model.safetensors")
+    assert check.weights_line(profile).endswith(f"{digest}, unverified, no hash of it is known")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    (tmp_path / "fetched.json").write_text(json.dumps({"model.safetensors": digest}))
+    assert check.weights_line(profile).endswith(f"{digest}, verified")
+    (tmp_path / "fetched.json").write_text(json.dumps({"model.safetensors": "0" * 64}))
+    with pytest.raises(ValueError) as error:
+        check.weights_line(profile)
+    assert one_sentence(error.value)
 
 
 # The rehearsal
