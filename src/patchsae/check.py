@@ -73,7 +73,7 @@ def weights_line(profile: Profile) -> str:
     known = load_json(noted).get(file.name) if noted.is_file() else None
     digest = file_sha256(file)
     if known not in (None, digest):
-        raise ValueError(f"{file} is not what was fetched, since its hash changed; remove it, then {profile.model.get}.")
+        raise ValueError(f"{file} is not what was fetched, its hash has changed; remove it and {profile.model.get}.")
     return f"Weights: {file.name}, sha256 {digest}, {'verified' if known else 'unverified, no hash of it is known'}"
 
 
@@ -162,6 +162,9 @@ def missing_lines(profile: Profile) -> list[str]:
 def report(profile: Profile) -> str:
     """Everything: what is there, what is missing, this machine, and what each notebook will take."""
     lines = [f"Profile {profile.name}", *(f"  {'there  ' if n.there else 'MISSING'}  {n.name}" for n in needs(profile))]
+    if profile.data.source == "benchmarks":
+        rest = (_images(profile, task) for task in TABLE if task not in (profile.data.task, *profile.data.transfer))
+        lines += [f"  {'there  ' if n.there else 'absent '}  {n.name} (not read by this profile)" for n in rest]
     work, measured, workers = costs(profile), rate(), os.cpu_count() or 1
     disk, free = sum(c.disk for c in work.values()), shutil.disk_usage(ROOT).free / 1e9
     need = max(c.memory for c in work.values())
