@@ -92,6 +92,12 @@ def has(name, cache) -> bool:
         return check.model_file(name) is not None
 
 
+def test_a_named_autoencoder_that_is_not_there_is_missing(tmp_path):
+    profile = load_profile("mini")
+    for name, there in (("nothing/out.pt", False), (str(tmp_path), True), ("someone/autoencoder", True)):
+        assert [need.there for need in check.needs(profile.with_sae(weights=name)) if name in need.name] == [there]
+
+
 # Fetching
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from patchsae.formats import file_sha256
 
 #: ViT-B/16, which is assumed until the model's own configuration is there: width, blocks, tokens, text embedding.
 VIT_B16 = {"width": 768, "blocks": 12, "tokens": 197}
+#: Where the autoencoders of the paper are.
+RELEASED = "https://github.com/dynamical-inference/patchsae, or hyesulim/fastsae-models on the hub"
 #: Share of the measured matrix rate that a whole pass reaches, and images that one worker decodes in a second.
 EFFICIENCY, DECODED = 0.4, 400
 #: Selections that notebook 05 masks with, seeds counted, plain and with the error added; values of k, on and off.
@@ -47,7 +49,14 @@ def needs(profile: Profile) -> list[Need]:
     tasks = dict.fromkeys((profile.data.task, *profile.data.transfer))
     return [Need(f"weights {profile.model.name}", model_file(profile.model.name) is not None,
                  profile.model.get),
-            *(_images(profile, task) for task in tasks)]
+            *(_images(profile, task) for task in tasks), *_given(profile)]
+
+
+def _given(profile: Profile) -> list[Need]:
+    """The autoencoder that a profile names instead of training one; a name of the hub is asked for when it is read."""
+    name = profile.sae.weights
+    there = (ROOT / name).exists() or (name.count("/") == 1 and not Path(name).suffix)
+    return [Need(f"autoencoder {name}", there, RELEASED)] if name else []
 
 
 def model_file(name: str) -> Path | None:
