@@ -131,7 +131,9 @@ def test_fastsae_folder(tmp_path, inside, name, prefix):
     w = values()
     stored = {prefix + key: tensor.contiguous() for key, tensor in w.items()}
     save_file(stored, folder / name) if name.endswith("safetensors") else torch.save(stored, folder / name)
-    (folder / "cfg_fastsae.json").write_text(json.dumps({"d_in": D, "activation_name": "relu"}))
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    (folder / "history.json").write_text("[1, 2]")
+    (folder / "config.json").write_text(json.dumps({"d_in": D, "activation_name": "relu"}))
     assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "run"), w)
 
 
