@@ -37,13 +37,12 @@ env:  ## install the environment into .venv (into .conda where conda is installe
 figures: $(RUNS)  ## recompute every figure whose code or inputs changed
 
 # run-01_train_sae and so on; tools/run_notebook.py decides by content whether there is anything to do.
-.PHONY: $(RUNS)
+.PHONY: $(RUNS) ready
 $(RUNS): run-%: notebooks/%.ipynb | ready
 	@"$(PYTHON)" tools/run_notebook.py $<
 $(filter-out $(FIRST_RUN),$(RUNS)): $(FIRST_RUN)
 
 # What is missing is said before the first notebook starts, and nothing is written.
-.PHONY: ready
 ready: | env
 	@"$(PYTHON)" -B -m patchsae.check --quiet
 

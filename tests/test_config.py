@@ -122,7 +122,7 @@ def changed(profile, section, key):
         if isinstance(value, bool)
         else value + 1
         if isinstance(value, (int, float))
-        else value + value
+        else value + value or "other"
     )
     return dataclasses.replace(profile, **{section: dataclasses.replace(part, **{key: value})})
 

@@ -102,6 +102,55 @@ def test_everything_torch_writes_is_read(tmp_path, foreign_config, zipped, proto
     assert config.fields["device"].arguments == ("cuda",) and config.fields["others"].fields == {"seed": 3}
 
 
+class WarmUp:
+    """A scheduler of a package that the reader does not have, with live objects in it."""
+
+
+@pytest.mark.parametrize("depth, keys", [(9, 330), (3, 312)])
+def test_official_maple_checkpoint(tmp_path, monkeypatch, depth, keys):
+    """``model.pth.tar-N``: the whole model in half and single precision, an optimiser, and a live scheduler."""
+    half, single = ({"dtype": torch.float16}, {"dtype": torch.float32})
+    w = {"logit_scale": torch.tensor(4.6)}
+    w |= {f"prompt_learner.{name}": torch.randn(*shape, **half) for name, shape in {
+        "ctx": (2, 8), "token_prefix": (3, 1, 8), "token_suffix": (3, 74, 8), "proj.weight": (12, 8), "proj.bias": (12,)
+    }.items()}
+    for k in range(depth - 1):
+        before = "prompt_learner.compound_prompt"
+        w |= {f"{before}s_text.{k}": torch.randn(2, 8), f"{before}_projections.{k}.weight": torch.randn(12, 8),
+              f"{before}_projections.{k}.bias": torch.randn(12)}
+    for side, width in (("image_encoder", 12), ("text_encoder", 8)):
+        w[f"{side}.positional_embedding"] = torch.randn(5, width, **single)
+        for i in range(12):
+            block = f"{side}.transformer.resblocks.{i}."
+            w |= {block + name: torch.randn(*shape, **half) for name, shape in {
+                "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+                "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+                "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+                "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}.items()}
+            w |= {f"{block}ln_{k}.{part}": torch.randn(width) for k in (1, 2) for part in ("weight", "bias")}
+    w |= {f"image_encoder.{name}": torch.randn(12) for name in (
+        "class_embedding", "ln_pre.weight", "ln_pre.bias", "ln_post.weight", "ln_post.bias")}
+    w |= {"image_encoder.conv1.weight": torch.randn(12, 3, 4, 4, **half),
+          "image_encoder.proj": torch.randn(12, 8, **half),
+          "text_encoder.text_projection": torch.randn(8, 8, **half), "text_encoder.ln_final.weight": torch.randn(8),
+          "text_encoder.ln_final.bias": torch.randn(8)}
+    assert len(w) == keys
+    module = types.ModuleType("dassl_optim_lr_scheduler")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(WarmUp, "__module__", module.__name__)
+    module.WarmUp = WarmUp
+    optimizer, scheduler = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.0035, momentum=0.9), WarmUp()
+    scheduler.successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    content = {"state_dict": w, "epoch": 5, "optimizer": optimizer.state_dict(), "val_result": None,
+               "scheduler": {"successor": scheduler.successor, "own": scheduler, "last_epoch": 5}}
+    torch.save(content, tmp_path / "model.pth.tar-5")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    found = read_foreign(tmp_path / "model.pth.tar-5")
+    assert found["epoch"] == 5 and found["val_result"] is None and len(found["state_dict"]) == keys
+    assert all(same(found["state_dict"][name], tensor) for name, tensor in w.items())
+    assert isinstance(found["scheduler"]["own"], Record) and found["scheduler"]["successor"].fields["T_max"] == 5
+
+
 def test_scripted_module_is_read_as_its_attributes(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).half()
     torch.jit.script(module).save(tmp_path / "a.pt")

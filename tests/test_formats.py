@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from patchsae import SparseAutoencoder
 from patchsae.formats import NAMES, file_sha256, read_sae, write_official, write_saelens
+from patchsae.train import train_sae
 
 D, S = 6, 20
 
@@ -130,7 +131,9 @@ def test_fastsae_folder(tmp_path, inside, name, prefix):
     w = values()
     stored = {prefix + key: tensor.contiguous() for key, tensor in w.items()}
     save_file(stored, folder / name) if name.endswith("safetensors") else torch.save(stored, folder / name)
-    (folder / "cfg_fastsae.json").write_text(json.dumps({"d_in": D, "activation_name": "relu"}))
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    (folder / "history.json").write_text("[1, 2]")
+    (folder / "config.json").write_text(json.dumps({"d_in": D, "activation_name": "relu"}))
     assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "run"), w)
 
 
@@ -178,6 +181,23 @@ def test_a_file_without_a_known_hash_is_reported(tmp_path):
         SparseAutoencoder.from_pretrained(tmp_path / "a.pt")
     random_sae(D, S).save_pretrained(tmp_path / "ours")
     assert SparseAutoencoder.from_pretrained(tmp_path / "ours").report["verified"]
+
+
+def test_a_profile_can_name_given_weights(tmp_path, clip, image_data, profile):
+    """They are used as they are, and belong to the profile's own layer and settings alone."""
+    w = {"W_enc": torch.randn(clip.width, S), "b_enc": torch.randn(S), "W_dec": torch.randn(S, clip.width),
+         "b_dec": torch.randn(clip.width)}
+    torch.save({"cfg": None, "state_dict": w}, tmp_path / "out.pt")
+    given = profile.with_sae(weights=str(tmp_path / "out.pt"))
+    sae, log = train_sae(given, clip, image_data, tmp_path / "run")
+    assert all(torch.equal(getattr(sae, name), w[name]) for name in NAMES) and len(log) == 1
+    assert as_loaded(SparseAutoencoder.from_pretrained(tmp_path / "run")) == as_loaded(sae)
+    assert not given.at_layer(0).sae.weights and not given.with_sae(tokens="cls").sae.weights
+    assert given.sae_settings()["sae"]["weights"] and "weights" not in profile.sae_settings()["sae"]
+    torch.save({"state_dict": values()}, tmp_path / "narrow.pt")
+    with pytest.raises(ValueError) as error:
+        train_sae(profile.with_sae(weights=str(tmp_path / "narrow.pt")), clip, image_data, tmp_path / "run")
+    assert one_sentence(error.value)
 
 
 # Damage

@@ -112,3 +112,26 @@ def test_damage_is_one_sentence(tmp_path, lost, how):
     with pytest.raises(ValueError) as error:
         load_clip(tmp_path / "a.pt")
     assert one_sentence(error.value)
+
+
+def test_weights_that_are_no_numbers_are_one_sentence(tmp_path):
+    names = openai_names(small_clip())
+    names["visual.proj"][0, 0] = float("nan")
+    torch.save(names, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="not finite in visual_projection") as error:
+        load_clip(tmp_path / "a.pt")
+    assert one_sentence(error.value)
+
+
+def test_names_on_the_hub_may_carry_a_revision(monkeypatch):
+    asked = {}
+
+    def from_pretrained(source, revision, **_):
+        asked.update(source=source, revision=revision)
+        raise OSError("no network")
+
+    monkeypatch.setattr("patchsae.clip.CLIPModel.from_pretrained", from_pretrained)
+    for name, revision in (("openai/clip@abc", None), ("openai/clip", "abc")):
+        with pytest.raises(FileNotFoundError) as error:
+            load_clip(name, revision=revision)
+        assert one_sentence(error.value) and asked == {"source": "openai/clip", "revision": "abc"}

@@ -13,10 +13,14 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 
 from patchsae.benchmarks import TABLE, missing, where_from
+from patchsae.checkpoints import load_json
 from patchsae.config import ROOT, Profile, device, load_profile
+from patchsae.formats import file_sha256
 
 #: ViT-B/16, which is assumed until the model's own configuration is there: width, blocks, tokens, text embedding.
 VIT_B16 = {"width": 768, "blocks": 12, "tokens": 197}
+#: Where the autoencoders of the paper are.
+RELEASED = "https://github.com/dynamical-inference/patchsae, or hyesulim/fastsae-models on the hub"
 #: Share of the measured matrix rate that a whole pass reaches, and images that one worker decodes in a second.
 EFFICIENCY, DECODED = 0.4, 400
 #: Selections that notebook 05 masks with, seeds counted, plain and with the error added; values of k, on and off.
@@ -43,21 +47,43 @@ class Cost(NamedTuple):
 def needs(profile: Profile) -> list[Need]:
     """Weights and images that the notebooks of a profile read."""
     tasks = dict.fromkeys((profile.data.task, *profile.data.transfer))
-    return [Need(f"weights {profile.model.name}", has_model(profile.model.name), profile.model.get),
-            *(_images(profile, task) for task in tasks)]
+    return [Need(f"weights {profile.model.name}", model_file(profile.model.name) is not None,
+                 profile.model.get),
+            *(_images(profile, task) for task in tasks), *_given(profile)]
 
 
-def has_model(name: str) -> bool:
-    """Whether a local folder or file is there, or a model of the hub in its cache on this machine."""
+def _given(profile: Profile) -> list[Need]:
+    """The autoencoder that a profile names instead of training one; a name of the hub is asked for when it is read."""
+    name = profile.sae.weights
+    there = (ROOT / name).exists() or (name.count("/") == 1 and not Path(name).suffix)
+    return [Need(f"autoencoder {name}", there, RELEASED)] if name else []
+
+
+def model_file(name: str) -> Path | None:
+    """The file of weights of a local folder or file, or of a model of the hub in its cache on this machine, if any."""
     path = ROOT / name
     if path.is_file() or (path / "config.json").is_file():
-        return path.is_file() or (path / "model.safetensors").is_file()
+        weights = path if path.is_file() else path / "model.safetensors"
+        return weights if weights.is_file() else None
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1:
-        return False
-    found = [isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str)
-             for file in ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")]
-    return all(found[:2]) and any(found[2:])
+        return None
+    found = [try_to_load_from_cache(repository, file, revision=revision or None) for file in
+             ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")]
+    weights = [Path(file) for file in found[2:] if isinstance(file, str)]
+    return weights[0] if weights and all(isinstance(file, str) for file in found[:2]) else None
+
+
+def weights_line(profile: Profile) -> str:
+    """The hash of the weights and whether it is the one that was verified when they were fetched."""
+    file, noted = model_file(profile.model.name), profile.data_dir / "fetched.json"
+    if file is None:
+        return "Weights: none"
+    known = load_json(noted).get(file.name) if noted.is_file() else None
+    digest = file_sha256(file)
+    if known not in (None, digest):
+        raise ValueError(f"{file} is not what was fetched, its hash has changed; remove it and {profile.model.get}.")
+    return f"Weights: {file.name}, sha256 {digest}, {'verified' if known else 'unverified, no hash of it is known'}"
 
 
 def _images(profile: Profile, task: str) -> Need:
@@ -71,7 +97,7 @@ def _images(profile: Profile, task: str) -> Need:
     title = f"{row['title']} ({task}), {row['gigabytes']} GB"
     if "hub" not in row:
         return Need(f"{title}: {_short(absent[0] if absent else root / row['folder'])}", not absent, where_from(task))
-    cached = (Path(constants.HF_HOME) / "datasets" / row["hub"]["id"].replace("/", "___").lower()).is_dir()
+    cached = (Path(constants.HF_HOME) / "datasets" / row["hub"]["id"].replace("/", "___")).is_dir()
     return Need(title, not absent or cached, " or ".join(dict.fromkeys((profile.data.get, where_from(task)))))
 
 
@@ -145,11 +171,15 @@ def missing_lines(profile: Profile) -> list[str]:
 def report(profile: Profile) -> str:
     """Everything: what is there, what is missing, this machine, and what each notebook will take."""
     lines = [f"Profile {profile.name}", *(f"  {'there  ' if n.there else 'MISSING'}  {n.name}" for n in needs(profile))]
+    if profile.data.source == "benchmarks":
+        rest = (_images(profile, task) for task in TABLE if task not in (profile.data.task, *profile.data.transfer))
+        lines += [f"  {'there  ' if n.there else 'absent '}  {n.name} (not read by this profile)" for n in rest]
     work, measured, workers = costs(profile), rate(), os.cpu_count() or 1
     disk, free = sum(c.disk for c in work.values()), shutil.disk_usage(ROOT).free / 1e9
     need = max(c.memory for c in work.values())
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    lines += [f"Disk: {disk:.1f} GB will be written, {free:.0f} GB are free{_warn(disk > free)}",
+    lines += [weights_line(profile),
+              f"Disk: {disk:.1f} GB will be written, {free:.0f} GB are free{_warn(disk > free)}",
               f"Memory: about {need:.1f} GB are needed on the {device()}; this machine has {have:.0f} GB"
               + (_gpu(need) if device() == "cuda" else f" and no GPU{_warn(need > have)}"),
               f"Measured: {measured / 1e9:,.0f} GFLOP/s in float32, {workers} cores", "",

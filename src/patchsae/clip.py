@@ -157,7 +157,7 @@ def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | Non
     """
     path = ROOT / name_or_path
     if path.is_file():
-        model = read_openai(path)
+        model = _finite(read_openai(path), path)
         size = model.config.vision_config.image_size
         processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         tokenizer = _optional(AutoTokenizer, str(path.parent), None, "tokenizer_config.json")
@@ -182,6 +182,13 @@ def _load_model(source: str, name_or_path: str | Path, revision: str | None) -> 
         raise ValueError(f"The CLIP at {name_or_path} cannot be loaded ({reason}); fetch it again.") from error
     if report["missing_keys"]:
         raise ValueError(f"The CLIP at {name_or_path} lacks the weight {min(report['missing_keys'])}; fetch it again.")
+    return _finite(model, name_or_path)
+
+
+def _finite(model: CLIPModel, name_or_path: str | Path) -> CLIPModel:
+    """The model, if all its weights are numbers."""
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"The CLIP at {name_or_path} has values that are not finite in {bad[0]}; fetch it again.")
     return model
 
 

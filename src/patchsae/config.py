@@ -50,7 +50,8 @@ class SaeSettings:
     """Everything that decides a trained autoencoder (sec. 3.1, A.1).
 
     ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps`` and
-    ``save_every``: training steps. ``b_dec``: its start, "geometric_median", "geometric_median_by_position"
+    ``save_every``: training steps. ``weights``: a file, folder or hub name to use as it is (see ``formats``) instead of
+    training, or "". ``b_dec``: its start, "geometric_median", "geometric_median_by_position"
     (the published variant), "mean" or "zeros". ``tokens``: "all" or "cls".
     """
 
@@ -65,6 +66,7 @@ class SaeSettings:
     batch_images: int
     steps: int
     save_every: int
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,17 @@ class Profile:
         return dict(self.expectations).get(name, otherwise)
 
     def with_sae(self, **changes) -> "Profile":
-        """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``."""
-        return dataclasses.replace(self, sae=dataclasses.replace(self.sae, **changes))
+        """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``; given weights do not
+        have them, so that they are left out."""
+        return dataclasses.replace(self, sae=dataclasses.replace(self.sae, **({"weights": ""} | changes)))
 
     def at_layer(self, layer: int) -> "Profile":
-        """The same profile with the cut at another block."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, layer=layer))
+        """The same profile with the cut at another block, where given weights do not belong."""
+        return dataclasses.replace(self.with_sae(weights=""), model=dataclasses.replace(self.model, layer=layer))
 
     def sae_settings(self) -> dict:
         """Everything that decides which autoencoder training gives: what a trained one is keyed by."""
-        sae = {k: v for k, v in dataclasses.asdict(self.sae).items() if k != "save_every"}
+        sae = {k: v for k, v in dataclasses.asdict(self.sae).items() if k != "save_every" and (k, v) != ("weights", "")}
         data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 

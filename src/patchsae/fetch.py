@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from patchsae.benchmarks import TABLE, missing, open_hub, where_from
-from patchsae.check import has_model
+from patchsae.check import model_file
 from patchsae.checkpoints import save_json
 from patchsae.config import Profile, load_profile
 from patchsae.formats import file_sha256
@@ -62,7 +62,7 @@ def main() -> None:
     try:
         profile = load_profile()
         if profile.model.name.startswith("data/"):
-            there = "there" if has_model(profile.model.name) else f"not on the hub; {profile.model.get} makes it"
+            there = "there" if model_file(profile.model.name) else f"not on the hub; {profile.model.get} makes it"
             print(f"{profile.model.name}: {there}")
         else:
             for name, digest in fetch_model(profile).items():

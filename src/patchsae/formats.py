@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from patchsae.foreign import read_foreign
 OWN_FORMAT = "folder of this package"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 WEIGHT_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+#: Files of weights that lie beside an autoencoder and are none.
+NOT_THE_MODEL = (".", "optim", "sched", "rng", "train")
 #: Rows of W_dec count as of unit length up to this: training renormalises before a step and not after the last.
 UNIT_TOLERANCE = 1e-2
 #: What a SAELens configuration may say of an autoencoder with the equations of this package, where it says it.
@@ -95,11 +98,11 @@ def _find(path: Path) -> tuple[str, Path, dict]:
         return "SAELens folder", path / "sae_weights.safetensors", _saelens_settings(path / "cfg.json")
     if (path / "final").is_dir():
         return _find(path / "final")
-    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_ENDINGS and p.name[0] != ".")
-    if (path / "config.json").is_file() and (path.name != "final" or not files):
+    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_ENDINGS and not p.name.startswith(NOT_THE_MODEL))
+    own, plain = path / "sae.safetensors", path / "model.safetensors"
+    if (path / "config.json").is_file() and (own.is_file() or not files or "d_model" in _lenient(path / "config.json")):
         settings = load_json(path / "config.json", "d_model", "n_latents")
-        plain = path / "model.safetensors"
-        return OWN_FORMAT, plain if plain.is_file() else path / "sae.safetensors", settings
+        return OWN_FORMAT, plain if plain.is_file() else own, settings
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} files of weights where one is needed; give the path of the "
                                 "autoencoder's own file or folder.")
@@ -119,9 +122,18 @@ def _saelens_settings(path: Path) -> dict:
 def _plain_relu(folder: Path) -> None:
     """FastSAE can train with other activations; a file of settings beside the weights says so."""
     for path in sorted(folder.glob("*.json")):
-        if (name := load_json(path).get("activation_name", "relu")) != "relu":
+        if (name := _lenient(path).get("activation_name", "relu")) != "relu":
             raise ValueError(f"{path} says activation_name = {name!r}, which this package does not compute; choose an "
                              "autoencoder with relu.")
+
+
+def _lenient(path: Path) -> dict:
+    """A JSON file of somebody else's: its settings, or none where it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _from_torch(file: Path) -> dict:

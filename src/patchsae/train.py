@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from patchsae.activations import training_rows, training_tokens
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, write_atomically
 from patchsae.clip import Clip
-from patchsae.config import Profile
+from patchsae.config import ROOT, Profile
 from patchsae.sae import Losses, SparseAutoencoder, initial_b_dec, sae_loss
 
 LOG_COLUMNS = ["step", "mse", "l1", "ghost", "total", "l0", "dead", "ev"]
@@ -110,6 +110,8 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
     checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns it and the log.
     """
     folder, key = Path(folder), run_key(profile, clip)
+    if profile.sae.weights:
+        return _given(profile, clip, folder)
     training = _start_or_resume(profile, clip, ds, folder, key)
     log = _read_log(folder, training.steps_done)
     bar = tqdm(total=profile.sae.steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1)
@@ -126,6 +128,17 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
     for name in ("training.json", "checkpoint.safetensors"):
         (folder / name).unlink(missing_ok=True)
     return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
+
+
+def _given(profile: Profile, clip: Clip, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
+    """The autoencoder that the profile names, kept in ``folder`` as a trained one would be; its log has no numbers."""
+    path = ROOT / profile.sae.weights
+    sae = SparseAutoencoder.from_pretrained(path if path.exists() else profile.sae.weights, clip.device)
+    if sae.d_model != clip.width:
+        raise ValueError(f"{profile.sae.weights} is for tokens of width {sae.d_model}, but {profile.model.name} has "
+                         f"{clip.width}; choose an autoencoder of this model.")
+    sae.save_pretrained(folder)
+    return sae, pd.DataFrame([(0, *[float("nan")] * (len(LOG_COLUMNS) - 1))], columns=LOG_COLUMNS)
 
 
 def run_key(profile: Profile, clip: Clip) -> str:
