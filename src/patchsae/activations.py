@@ -81,7 +81,7 @@ def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray
 
 
 class TrainingTokens:
-    """Tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
+    """Image tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
 
     Where all of them fit into ``MEMORY`` bytes they are computed once, in the data set's order, and kept;
     otherwise they are computed whenever they are asked for. Either way the same rows give the same bytes again, so
@@ -91,13 +91,14 @@ class TrainingTokens:
     def __init__(self, clip: Clip, ds, layer: int):
         self.clip, self.ds, self.layer, self.kept = clip, ds, layer, None
         if 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
-            self.kept = torch.cat([batch.z for batch in token_batches(clip, ds, layer, title="tokens of the images")])
+            self.kept = torch.cat([batch.z[:, :clip.n_tokens]
+                                   for batch in token_batches(clip, ds, layer, title="tokens of the images")])
 
     @torch.no_grad()
     def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
         if self.kept is not None:
             return self.kept[torch.from_numpy(rows)]
-        return self.clip.below(load_pixels(self.clip, self.ds, rows).pixels, self.layer)
+        return self.clip.below(load_pixels(self.clip, self.ds, rows).pixels, self.layer)[:, :self.clip.n_tokens]
 
 
 @functools.lru_cache(maxsize=1)

@@ -54,11 +54,10 @@ class Clip:
         size = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"Pixels have the shape {list(pixels.shape)}; this model takes [B, 3, {size}, {size}].")
-        tower = self.model.vision_model
-        z = tower.pre_layrnorm(tower.embeddings(pixels.to(self.device)))
-        for block in self.blocks[:self.block(layer) + 1]:
-            z = block(z, None)
-        assert z.shape[1:] == (self.n_tokens, self.width), "a block returned something else than tokens"
+        z = self.embed(pixels.to(self.device))
+        for i, block in enumerate(self.blocks[:self.block(layer) + 1]):
+            z = block(self.before_block(z, i), None)
+        assert z.ndim == 3 and z.shape[1] >= self.n_tokens, "a block returned something else than tokens"
         return z
 
     def above(self, z: torch.Tensor, layer: int) -> torch.Tensor:
@@ -68,11 +67,21 @@ class Clip:
         """
         if z.ndim != 3 or z.shape[-1] != self.width:
             raise ValueError(f"Tokens have the shape {list(z.shape)}; this model takes [B, T, {self.width}].")
-        remaining = self.blocks[self.block(layer) + 1:]
-        for block in remaining[:-1]:
-            z = block(z, None)
-        class_token = _class_token(remaining[-1], z) if len(remaining) else z[:, 0]
+        last = len(self.blocks) - 1
+        for i in range(self.block(layer) + 1, last):
+            z = self.blocks[i](self.before_block(z, i), None)
+        cut_at_end = self.block(layer) == last
+        class_token = z[:, 0] if cut_at_end else _class_token(self.blocks[last], self.before_block(z, last))
         return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What enters the first block: ``[B,3,H,W] -> [B,T,D]``. An adapted tower appends its prompt tokens here."""
+        tower = self.model.vision_model
+        return tower.pre_layrnorm(tower.embeddings(pixels))
+
+    def before_block(self, z: torch.Tensor, i: int) -> torch.Tensor:
+        """What block ``i`` reads of ``z [B,T,D]``: all of it. An adapted tower renews its prompt tokens here."""
+        return z
 
     def pixels(self, images) -> torch.Tensor:
         """Preprocess a uint8 image ``[H,W,3]`` (array, tensor or Pillow image) or several to ``[B,3,H,W]``."""

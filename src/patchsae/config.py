@@ -69,6 +69,31 @@ class LatentSettings:
 
 
 @dataclass(frozen=True)
+class AdaptationSettings:
+    """What adapting CLIP to tasks has in common (sec. 4.2).
+
+    ``tasks``: adapted to, one by one. ``shots``: training images per base class. ``n_prompts`` tokens enter each of
+    the first ``depth`` blocks of both towers (MaPLe). ``augment``: random crops and mirror images in training.
+    """
+
+    tasks: tuple[str, ...]
+    shots: int
+    seeds: tuple[int, ...]
+    n_prompts: int
+    depth: int
+    augment: bool
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """How one method of adaptation is trained."""
+
+    learning_rate: float
+    epochs: int
+    batch_images: int
+
+
+@dataclass(frozen=True)
 class Profile:
     """One way to run the notebooks. ``threads`` is the number of CPU threads, part of what fixes the bytes."""
 
@@ -79,6 +104,11 @@ class Profile:
     data: DataSettings
     sae: SaeSettings
     latents: LatentSettings
+    adaptation: AdaptationSettings
+    maple: MethodSettings
+    coop: MethodSettings
+    lora: MethodSettings
+    fine_tuning: MethodSettings
 
     @property
     def data_dir(self) -> Path:
@@ -144,7 +174,7 @@ def load_profile(name: str | None = None) -> Profile:
         table = tomllib.loads(path.read_text()) | {"name": name}
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML ({error}); mend that line.") from error
-    sections = {"model": ModelSettings, "data": DataSettings, "sae": SaeSettings, "latents": LatentSettings}
+    sections = {f.name: f.type for f in dataclasses.fields(Profile) if dataclasses.is_dataclass(f.type)}
     filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
     profile = _fill(Profile, table | filled, path.name)
     _choose(path.name, "tokens", profile.sae.tokens, "all", "cls")

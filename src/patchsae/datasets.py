@@ -81,6 +81,7 @@ class SceneDataset:
             raise ValueError(f"Scenes have the splits {' and '.join(SPLIT_SEEDS)}, not {split!r}.")
         self.task, self.split, self.n = task, split, n
         self.class_names = class_names(task)
+        self.labels = np.arange(n) % len(self.class_names)  # labels go round in turn
 
     def __len__(self) -> int:
         return self.n
@@ -113,6 +114,7 @@ class FolderDataset:
                     for p in folders]
         in_turn = sorted((rank, label, f) for label, files in enumerate(by_class) for rank, f in enumerate(files))
         self.files = [(f, label) for _, label, f in in_turn][:n]
+        self.labels = np.array([label for _, label in self.files], dtype=np.int64)
         if not self.files:
             raise FileNotFoundError(f"There are no images in {self.root}; put them in one folder per class there.")
 
@@ -134,6 +136,29 @@ class FolderDataset:
         return _hash([[str(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
 
+class Subset:
+    """Images of some classes of a data set, relabelled from 0 in the order of ``classes``.
+
+    ``rows``: positions in ``ds`` to choose from, by default all. Content ids stay those of ``ds``.
+    """
+
+    def __init__(self, ds, classes, rows=None):
+        self.ds, self.class_names = ds, tuple(ds.class_names[c] for c in classes)
+        new = {c: i for i, c in enumerate(classes)}
+        self.rows = np.array([r for r in (range(len(ds)) if rows is None else rows) if int(ds.labels[r]) in new], int)
+        self.labels = np.array([new[int(ds.labels[r])] for r in self.rows], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Item:
+        return self.ds[int(self.rows[i])]._replace(label=int(self.labels[i]))
+
+    def fingerprint(self) -> str:
+        """Hash of what the data set holds."""
+        return _hash([self.ds.fingerprint(), self.rows.tolist(), self.labels.tolist(), self.class_names])
+
+
 @functools.lru_cache(maxsize=4)
 def open_dataset(profile: Profile, task: str, split: str):
     """The images of a task: drawn scenes, or ``data/<profile>/images/<task>/<split>/`` as the profile says."""
@@ -148,5 +173,10 @@ def templates(profile: Profile, task: str) -> list[str]:
     choice = profile.model.templates
     if choice in ("imagenet_ensemble_7", "imagenet_ensemble_80"):
         return TEMPLATES[choice]
+    return [own_template(task)]
+
+
+def own_template(task: str) -> str:
+    """The wording of a task's classes in zero-shot classification (CoOp's, for its data sets)."""
     own = TEMPLATES["dataset_templates"] | {name: t["template"] for name, t in WORLD["tasks"].items()}
-    return [own.get(task, TEMPLATES["maple"])]
+    return own.get(task, TEMPLATES["maple"])

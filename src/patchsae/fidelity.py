@@ -42,11 +42,11 @@ def measure(clip: Clip, sae: SparseAutoencoder, ds, text_features: torch.Tensor,
     ev_patch and ev_cls (explained variance, centred), and for z as it is, with the autoencoder spliced in, and
     with z set to zero: accuracy_* (zero-shot, from ``text_features [C,P]``) and contrastive_* (CLIP's loss of
     images and class prompts in batches, same classes being positives). ``tokens="cls"`` replaces the class token
-    alone.
+    alone; an adapted tower's prompt tokens are never replaced.
     """
     sums = _Sums(sae.n_latents, clip.device)
     for batch in token_batches(clip, ds, layer, batch_images, title):
-        z = batch.z[:, :1] if tokens == "cls" else batch.z
+        z = batch.z[:, :1] if tokens == "cls" else batch.z[:, :clip.n_tokens]
         h = sae.encode(z)
         z_hat = sae.decode(h)
         sums.add_tokens(z, z_hat, h)

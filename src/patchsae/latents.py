@@ -70,13 +70,17 @@ class LatentStatistics:
 
 def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2, n_reference: int = 10,
                     batch_images: int = 64, tokens: str = "all", title: str = "") -> LatentStatistics:
-    """Statistics, reference images and class counts in one pass; ``tokens="cls"`` looks at the class token alone."""
+    """Statistics, reference images and class counts in one pass.
+
+    ``tokens``: "all" image tokens, "cls" for the class token alone, or "all and prompts", which counts an adapted
+    tower's prompt tokens as if they were patches, as the published code does.
+    """
     running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
     ids, labels = [], []
     with torch.no_grad():
         for batch in token_batches(clip, ds, layer, batch_images, title):
             # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
-            z = batch.z[:, :1] if tokens == "cls" else batch.z[:, :clip.n_tokens]
+            z = batch.z[:, :{"cls": 1, "all": clip.n_tokens, "all and prompts": batch.z.shape[1]}[tokens]]
             running.add(sae.encode(z), batch.labels.to(clip.device))
             ids += batch.ids
             labels.append(batch.labels)

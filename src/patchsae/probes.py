@@ -104,15 +104,25 @@ def _probe(x, y, x_test, y_test) -> tuple[float, float, int]:
     x, y, x_test, y_test = x[y >= 0], y[y >= 0], x_test[y_test >= 0], y_test[y_test >= 0]
     mean, std = x.mean(0), x.std(0)
     x, x_test, n = (x - mean) / std, (x_test - mean) / std, int(y.max()) + 1
-    weight = torch.zeros(x.shape[1] + 1, n, requires_grad=True)
+    ones = torch.ones(len(x), 1)
+    weight = linear_weights(torch.cat([x, ones], 1), y, n, 1e-4).T
+    accuracy = ((x_test @ weight[:-1] + weight[-1]).argmax(1) == y_test).float().mean().item()
+    return accuracy, y_test.bincount().max().item() / len(y_test), len(y_test)
+
+
+def linear_weights(x: torch.Tensor, y: torch.Tensor, n: int, penalty: float) -> torch.Tensor:
+    """Multinomial logistic regression by L-BFGS: ``[N,D]``, labels ``[N]`` -> weights ``[n,D]``.
+
+    Minimises the mean cross-entropy plus ``penalty`` times the sum of squared weights.
+    """
+    weight = torch.zeros(x.shape[1], n, requires_grad=True, device=x.device)
     optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(x @ weight[:-1] + weight[-1], y) + 1e-4 * weight.square().sum()
+        value = F.cross_entropy(x @ weight, y) + penalty * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    accuracy = ((x_test @ weight[:-1] + weight[-1]).argmax(1) == y_test).float().mean().item()
-    return accuracy, y_test.bincount().max().item() / len(y_test), len(y_test)
+    return weight.detach().T

@@ -1,0 +1,272 @@
+"""MaPLe (Khattak et al., CVPR 2023): prompts in both towers of a CLIP, learned from a few images per class.
+
+The towers are those of ``clip``. ``J`` blocks of each get prompt tokens of their own: in the text tower they take the
+place of the first words ("a photo" of "a photo of a cat."), in the image tower they follow the patches and are linear
+functions of the text prompts. Without the image side and with one block this is CoOp.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
+from patchsae.clip import Clip
+from patchsae.foreign import read_foreign
+from patchsae.openai_format import clip_model, to_transformers
+
+#: What every class is called, whatever the data set; learned tokens replace its first words.
+TEMPLATE = "a photo of a {}."
+
+
+class Prompts(nn.Module):
+    """The learned tokens; names of parameters are those of official checkpoints.
+
+    ``ctx [n,D_text]`` enters the first text block, ``compound_prompts_text[k] [n,D_text]`` the text block ``k + 1``;
+    ``proj`` and ``compound_prompt_projections[k]`` (linear, ``D_text -> D_vision``) make the image prompts of the
+    same blocks from them. ``vision_width=None``: text prompts only.
+    """
+
+    def __init__(self, n: int, depth: int, text_width: int, vision_width: int | None):
+        super().__init__()
+        self.n, self.depth, self.vision = n, depth, vision_width is not None
+        self.ctx = nn.Parameter(torch.empty(n, text_width))
+        self.compound_prompts_text = nn.ParameterList(torch.empty(n, text_width) for _ in range(depth - 1))
+        if self.vision:
+            self.proj = nn.Linear(text_width, vision_width)
+            self.compound_prompt_projections = nn.ModuleList(
+                nn.Linear(text_width, vision_width) for _ in range(depth - 1))
+
+    @torch.no_grad()
+    def initialise(self, first_words: torch.Tensor, seed: int) -> "Prompts":
+        """Start as published: ``ctx`` from the embeddings ``[n,D_text]`` of the first words, deep prompts normal
+        with deviation 0.02, projections uniform and all of one depth alike."""
+        generator = torch.Generator().manual_seed(seed)
+        self.ctx.copy_(first_words)
+        for prompt in self.compound_prompts_text:
+            prompt.copy_(0.02 * torch.randn(prompt.shape, generator=generator))
+        if self.vision:
+            deep = self.compound_prompt_projections
+            for layers in ([self.proj], deep):
+                start = [(2 * torch.rand(p.shape, generator=generator) - 1) / self.ctx.shape[1] ** 0.5
+                         for p in self.proj.parameters()]
+                for layer in layers:
+                    for parameter, value in zip(layer.parameters(), start):
+                        parameter.copy_(value)
+        return self
+
+    def text(self, block: int) -> torch.Tensor | None:
+        """Tokens that enter a block of the text tower: ``[n,D_text]``; None where earlier ones are carried on."""
+        if block >= self.depth:
+            return None
+        return self.ctx if block == 0 else self.compound_prompts_text[block - 1]
+
+    def image(self, block: int) -> torch.Tensor | None:
+        """Tokens that enter a block of the image tower: ``[n,D_vision]``, or None."""
+        if not self.vision or block >= self.depth:
+            return None
+        project = self.proj if block == 0 else self.compound_prompt_projections[block - 1]
+        return project(self.text(block))
+
+
+class MaPLe(Clip):
+    """A CLIP with prompts. ``below`` and ``above`` as everywhere, the n prompt tokens being the last ones of ``z``.
+
+    ``clip``: whose weights are used, as they are; ``token_ids [C,L]``: the tokenised prompts of the classes, start
+    token first, then at least ``n`` words in front of the class name. ``prompts=None`` is the plain CLIP.
+    """
+
+    def __init__(self, clip: Clip, prompts: Prompts | None, token_ids: torch.Tensor):
+        super().__init__(clip.model, clip.tokenizer, clip.processor)
+        blocks = min(len(self.blocks), len(self.model.text_model.encoder.layers))
+        if prompts is not None and not 1 <= prompts.depth <= blocks:
+            raise ValueError(f"Prompts of depth {prompts.depth} do not fit a CLIP whose towers share {blocks} blocks; "
+                             f"choose 1 to {blocks}.")
+        self.prompts = None if prompts is None else prompts.to(self.device)
+        self.token_ids = token_ids.to(self.device)
+
+    # Image side -----------------------------------------------------------------------------------------
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[B,3,H,W] -> [B,T+n,D]``: prompts get no position, but pass the first LayerNorm with the patches."""
+        tower = self.model.vision_model
+        z = tower.embeddings(pixels)
+        return tower.pre_layrnorm(torch.cat([z, self._image_prompts(z, 0)], 1))
+
+    def before_block(self, z: torch.Tensor, i: int) -> torch.Tensor:
+        """Put the block's own prompts in the place of those the block before has made."""
+        if i == 0 or self.prompts is None or self.prompts.image(i) is None:
+            return z
+        return torch.cat([z[:, :self.n_tokens], self._image_prompts(z, i)], 1)
+
+    def _image_prompts(self, z: torch.Tensor, i: int) -> torch.Tensor:
+        """The image prompts of a block, for every image: ``[B,n,D]``, or ``[B,0,D]`` without any."""
+        prompts = None if self.prompts is None else self.prompts.image(i)
+        return z[:, :0] if prompts is None else prompts.expand(len(z), -1, -1)
+
+    # Text side ------------------------------------------------------------------------------------------
+
+    def text_features(self, prompts: list[str] | None = None, batch: int = 256) -> torch.Tensor:
+        """Unit-length text embeddings of the classes ``[C,P]``, or of other prompts of the same form ``[N,P]``."""
+        ids = self.token_ids if prompts is None else tokenise(self, prompts)
+        with torch.no_grad():
+            return torch.cat([self.text(part) for part in ids.split(batch)])
+
+    def text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Unit-length embeddings of tokenised prompts ``[N,L] -> [N,P]``, with gradients.
+
+        Attention is causal, so what follows the last end token changes nothing and is cut off.
+        """
+        tower, ends = self.model.text_model, self._ends(ids)
+        if self.prompts is not None and self.prompts.n >= int(ends.min()):
+            raise ValueError(f"{self.prompts.n} learned tokens do not fit in front of the end of a prompt of "
+                             f"{int(ends.min()) + 1} tokens; use longer prompts or fewer tokens.")
+        ids = ids[:, :int(ends.max()) + 1]
+        x = self._with_words(tower.embeddings.token_embedding(ids), 0)
+        x = x + tower.embeddings.position_embedding.weight[:ids.shape[1]]
+        future = torch.full((ids.shape[1],) * 2, float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        for i, block in enumerate(tower.encoder.layers):
+            x = block(self._with_words(x, i) if i else x, future.expand(1, 1, -1, -1))
+        last = tower.final_layer_norm(x)[torch.arange(len(x), device=x.device), ends]
+        return F.normalize(self.model.text_projection(last), dim=-1)
+
+    def _with_words(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """Put a block's text prompts behind the start token of ``[N,L,D]``."""
+        words = None if self.prompts is None else self.prompts.text(i)
+        if words is None:
+            return x
+        return torch.cat([x[:, :1], words.to(x.dtype).expand(len(x), -1, -1), x[:, 1 + len(words):]], 1)
+
+    def _ends(self, ids: torch.Tensor) -> torch.Tensor:
+        """Position of the first end token: the largest id, or the one that the configuration names."""
+        end = self.model.config.text_config.eos_token_id
+        return ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
+
+    # Whole ----------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """Hash of CLIP's weights and the prompts."""
+        own = {} if self.prompts is None else self.prompts.state_dict()
+        return tensor_hash(self.model.state_dict() | {f"prompts.{k}": v for k, v in own.items()})
+
+    def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
+        """The same prompts with the names of other classes."""
+        return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names)))
+
+    def save(self, folder: Path) -> None:
+        """Write ``prompts.json`` and then ``prompts.safetensors``: the prompts alone, not CLIP."""
+        p = self.prompts
+        save_json(Path(folder) / "prompts.json", {"n": p.n, "depth": p.depth, "vision": p.vision})
+        save_tensors(Path(folder) / "prompts.safetensors", p.state_dict())
+
+    @classmethod
+    def load(cls, folder: Path, clip: Clip, class_names: Sequence[str]) -> "MaPLe":
+        """Read what ``save`` wrote and put it on a CLIP of the same widths."""
+        shape = load_json(Path(folder) / "prompts.json", "n", "depth", "vision")
+        prompts = _empty_prompts(clip, **shape)
+        _load(prompts, load_tensors(Path(folder) / "prompts.safetensors"), str(folder))
+        return cls(clip, prompts, tokenise(clip, class_prompts(class_names)))
+
+    @classmethod
+    def from_official(cls, checkpoint: str | Path | dict, token_embedding=None, token_ids: torch.Tensor | None = None,
+                      class_names: Sequence[str] | None = None, clip: Clip | None = None,
+                      depth: int | None = None) -> "MaPLe":
+        """Read a checkpoint of the published code (``MultiModalPromptLearner/model.pth.tar-N``, or its state dict).
+
+        It holds a whole CLIP in half precision but for the token embedding ``[V,D_text]``, which has to be given.
+        ``token_ids [C,L]``: tokenised prompts "a photo of a <class>."; with ``clip`` instead, its own weights, token
+        embedding and tokenizer are used, and ``class_names`` will do. ``depth``: refuse any other one.
+        """
+        state = checkpoint if isinstance(checkpoint, dict) else read_foreign(Path(checkpoint))
+        state = state.get("state_dict", state)
+        learned, frozen = _split(state)
+        found = 1 + sum(key.startswith("compound_prompts_text.") for key in learned)
+        if depth is not None and found != depth:
+            key = f"prompt_learner.compound_prompts_text.{min(found, depth) - 1}"
+            raise ValueError(f"The checkpoint has prompts of depth {found}, not {depth}, by its key {key}: one of the "
+                             "two has it; load the one trained with this depth.")
+        clip = _official_clip(frozen, token_embedding) if clip is None else _checked_clip(clip, frozen)
+        prompts = _empty_prompts(clip, learned["ctx"].shape[0], found, vision=True)
+        _load(prompts, learned, "the checkpoint")
+        if token_ids is None:
+            if class_names is None or clip.tokenizer is None:
+                raise ValueError("There are no classes to name; give token_ids, or class_names and a clip that has a "
+                                 "tokenizer.")
+            token_ids = tokenise(clip, class_prompts(class_names))
+        return cls(clip, prompts, torch.as_tensor(token_ids))
+
+
+def class_prompts(class_names: Sequence[str]) -> list[str]:
+    """The prompt of every class."""
+    return [TEMPLATE.format(name.replace("_", " ")) for name in class_names]
+
+
+def tokenise(clip: Clip, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids of prompts: ``[N,L]``."""
+    if clip.tokenizer is None:
+        raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
+    tokens = clip.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    return tokens["input_ids"].to(clip.device)
+
+
+def new_maple(clip: Clip, class_names: Sequence[str], n: int, depth: int, vision: bool, seed: int) -> MaPLe:
+    """Untrained prompts on a CLIP: where training starts, and a control for what it does."""
+    ids = tokenise(clip, class_prompts(class_names))
+    first_words = clip.model.text_model.embeddings.token_embedding(ids[0, 1:1 + n])
+    return MaPLe(clip, _empty_prompts(clip, n, depth, vision).initialise(first_words, seed), ids)
+
+
+def _empty_prompts(clip: Clip, n: int, depth: int, vision: bool) -> Prompts:
+    """Prompts of the right shape, not yet filled."""
+    text_width = clip.model.config.text_config.hidden_size
+    return Prompts(n, depth, text_width, clip.width if vision else None)
+
+
+def _load(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Fill prompts; every key and shape must fit, or the first one that does not is named."""
+    wanted = {name: tuple(p.shape) for name, p in prompts.state_dict().items()}
+    for name in sorted(wanted.keys() | tensors.keys(), key=lambda key: (key in tensors, key)):
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != wanted.get(name):
+            raise ValueError(f"The prompt weight {name} of {where} is {found}, but {wanted.get(name, 'none')} is asked "
+                             "for; use a checkpoint of this depth and width.")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"The prompt weight {name} of {where} has values that are not finite; fetch it again.")
+    prompts.load_state_dict({name: value.float() for name, value in tensors.items()})
+
+
+def _split(state: dict) -> tuple[dict, dict]:
+    """Prompts, and CLIP under OpenAI's names. The embedded class names it was trained with are left out."""
+    learned, frozen = {}, {}
+    prefixes = {"prompt_learner.": (learned, ""), "image_encoder.": (frozen, "visual."), "text_encoder.": (frozen, "")}
+    for key, value in state.items():
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        if not torch.is_tensor(value) or prefix is None and key != "logit_scale":
+            raise ValueError(f"The checkpoint's key {key} does not belong to MaPLe; give its model.pth.tar-N.")
+        target, name = prefixes.get(prefix, (frozen, ""))
+        if key not in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
+            target[name + key[len(prefix or ""):]] = value
+    if "ctx" not in learned or learned["ctx"].ndim != 2:
+        raise ValueError("The checkpoint lacks the key prompt_learner.ctx; give MaPLe's model.pth.tar-N.")
+    return learned, frozen
+
+
+def _official_clip(frozen: dict, token_embedding) -> Clip:
+    """The CLIP inside a checkpoint, with the token embedding it does not hold."""
+    if token_embedding is None:
+        raise ValueError("MaPLe's checkpoint has no token embedding; give CLIP's as token_embedding, or a whole clip.")
+    table = getattr(token_embedding, "weight", token_embedding)
+    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}))
+
+
+def _checked_clip(clip: Clip, frozen: dict) -> Clip:
+    """The given CLIP, after a look whether the checkpoint was trained on it: equal but for half precision."""
+    own = clip.model.state_dict()
+    for name, value in to_transformers(frozen).items():
+        close = name in own and own[name].shape == value.shape and torch.allclose(
+            own[name].cpu(), value.cpu(), rtol=2**-10, atol=1e-6)
+        if not close:
+            raise ValueError(f"The checkpoint was trained on another CLIP, its weight {name} differs; load that CLIP.")
+    return clip
