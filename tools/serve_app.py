@@ -10,6 +10,9 @@ from pathlib import Path
 from traitlets.config import Config
 from voila.app import Voila
 
+from patchsae.config import start
+from patchsae.explorer import open_explorer
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "explorer.ipynb"
 HOST, PORT = os.environ.get("APP_HOST", "127.0.0.1"), int(os.environ.get("APP_PORT", "8866"))
 #: What the page may load. Voila's template asks another server for icons, and would wait for it without a network.
@@ -33,5 +36,6 @@ def settings() -> Config:
 if __name__ == "__main__":
     # Progress bars have no place on the page.
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    open_explorer(start())  # what takes long the first time is kept, and what is missing is said here
     print(f"The explorer is at http://{HOST}:{PORT} (Ctrl-C ends it).", flush=True)
     Voila.launch_instance(argv=[str(NOTEBOOK)], config=settings())

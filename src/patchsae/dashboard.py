@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from patchsae import pages
 from patchsae.activations import load_pixels
 from patchsae.config import start
-from patchsae.explorer import CELLS, Explorer, as_seen, open_explorer
+from patchsae.explorer import Explorer, as_seen, open_explorer
+from patchsae.explorer_state import CELLS
 from patchsae.figures_explorer import scatter_picture
 
 #: Pages are written for all latents up to this many; of more, for those of lowest label entropy.
@@ -153,8 +154,9 @@ def _histograms(explorer: Explorer) -> list[tuple[str, np.ndarray, np.ndarray, n
 def _marked(name: str, values: np.ndarray, edges: np.ndarray, heights: np.ndarray, latent: int) -> dict:
     """A histogram for the page of a latent: bars from 0 to 1, its ends, and the place of the latent or None."""
     value, (low, high) = values[latent], (edges[0], edges[-1])
-    return {"name": name, "bars": (heights / max(1, heights.max())).round(3).tolist(), "low": round(low, 1) + 0.0,
-            "high": round(high, 1) + 0.0, "value": value if np.isfinite(value) else None, "place": BINS * (value - low) / (high - low)}
+    return {"name": name, "bars": (heights / max(1, heights.max())).round(3).tolist(),
+            "low": round(low, 1) + 0.0, "high": round(high, 1) + 0.0,
+            "value": value if np.isfinite(value) else None, "place": BINS * (value - low) / (high - low)}
 
 
 def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:

@@ -150,6 +150,35 @@ function probabilities(model) {
   return root;
 }
 
+function comparison(model) {
+  const root = make("section", { className: "wide" });
+  const pair = (values, most) => make("td", {}, make("div", { className: "pair" }, ...["before", "after"].flatMap((which, i) => {
+    const bar = meter(values[i] / most);
+    bar.classList.add(which);
+    return [bar, make("span", {}, values[i].toFixed(2))];
+  })));
+  const show = () => {
+    const { towers, pictures, rows, values } = model.get("compared");
+    root.hidden = !towers;
+    if (root.hidden) return;
+    const most = Math.max(...rows.flatMap((row) => row.slice(2)));
+    root.replaceChildren(
+      make("h2", {}, `${towers[0]} against ${towers[1]}`),
+      make("div", { className: "sides" }, ...towers.map((tower, i) => make("figure", {},
+        make("img", { src: pictures[i], alt: `mask of the chosen latent with ${tower}` }),
+        make("figcaption", {}, `${tower}: latent ${model.get("latent")}, mean ${values[i].toFixed(2)}`)))),
+      make("h3", {}, "Latents that adaptation changed most on this image"),
+      make("p", { className: "quiet key" }, make("i", { className: "before" }), towers[0], make("i", { className: "after" }), towers[1]),
+      make("table", { className: "probabilities" }, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "latent"),
+        make("th", { scope: "col" }, "mean activation"))), make("tbody", {}, ...rows.map(([latent, name, ...both]) =>
+        make("tr", {}, make("th", { scope: "row" }, make("button", { type: "button", className: "link",
+          onclick: () => { model.set("latent", latent); model.save_changes(); } }, `${latent}`), ` ${name}`), pair(both, most))))));
+  };
+  model.on("change:compared", show);
+  show();
+  return root;
+}
+
 function render({ model, el }) {
   const page = model.get("page"), name = `px${Math.random().toString(36).slice(2)}`;
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
@@ -274,12 +303,12 @@ function render({ model, el }) {
     make("a", { href: url, download: content.name }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   });
-  const save = make("section", { className: "whole" }, make("h2", {}, "Keep this"), make("div", { className: "row" },
+  const save = make("section", { className: "wide" }, make("h2", {}, "Keep this"), make("div", { className: "row" },
     make("label", { className: "field grow" }, "Link to what is shown", link), keep("figure", "Save the figure (png)"),
     keep("latents", "Save the latents (csv)"), keep("probabilities", "Save the probabilities (csv)")));
 
   el.replaceChildren(make("div", { className: "px explorer" }, make("section", { "aria-label": "Choose an image" }, choose, message),
-    make("div", { className: "panels" }, own, listed, one, says, all, save)));
+    make("div", { className: "panels" }, own, listed, one, says, comparison(model), all, save)));
 }
 
 export default { render };

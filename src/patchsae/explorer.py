@@ -5,89 +5,24 @@ and is kept; statistics, reference images and class counts come from ``saved_lat
 """
 
 import functools
-import io
-import warnings
-from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
-from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
 
 from patchsae.activations import load_pixels
+from patchsae.adapt import Adapted, adaptation_key, adapted_model
 from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import Profile, device
 from patchsae.datasets import open_dataset, templates
+from patchsae.explorer_state import CELLS, LISTED, UPLOAD, State
 from patchsae.gallery import strongest
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.masks import soft_mask
 from patchsae.names import latent_names, reference_concepts
 from patchsae.sae import SparseAutoencoder
 from patchsae.train import trained_sae
-
-#: The data set that holds nothing but the picture a user gave.
-UPLOAD = "your picture"
-#: What an uploaded picture may be at most; both are checked before a pixel is decoded.
-MAX_BYTES, MAX_PIXELS = 8 * 2**20, 24_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-#: Which latents are listed, in the order of the explorer's choices.
-SCOPES = {"patch": "selected patches", "image": "whole image", "class": "a class", "words": "words",
-          "similar": "similar ones", "scatter": "the scatter", "changed": "changed by adaptation"}
-#: How many latents a list has; cells of the scatter, down and across, in which places are counted.
-LISTED, CELLS = 12, (40, 60)
-
-
-@dataclass(frozen=True)
-class State:
-    """What the explorer shows, and all a link to it holds.
-
-    ``region``: patches from (top, left) to (bottom, right), ends included; ``label``: class whose latents are listed;
-    ``anchor``: latent that others are compared with; ``box``: cells of the scatter, as ``region``;
-    ``factors``: (latent, factor) pairs that scale latents, 0 switching one off; ``threshold``: share of a latent's
-    highest patch below which its mask is black.
-    """
-
-    dataset: str = ""
-    image: int = 0
-    region: tuple[int, ...] = (0, 0, 0, 0)
-    scope: str = "patch"
-    label: int = 0
-    query: str = ""
-    anchor: int = 0
-    box: tuple[int, ...] = (0, 0, 0, 0)
-    latent: int = 0
-    factors: tuple[tuple[int, float], ...] = ()
-    mask: bool = False
-    threshold: float = 0.0
-
-    def link(self) -> str:
-        """The state as the query of an address: ``image=8&region=3_4_3_4&factors=412x0``."""
-        values = {k: v for k, v in asdict(self).items() if v != getattr(State, k)}
-        values |= {k: "_".join(map(str, v)) for k, v in values.items() if k in ("region", "box")}
-        if self.factors:
-            values["factors"] = "_".join(f"{latent}x{factor:g}" for latent, factor in self.factors)
-        return urlencode(values | ({"mask": 1} if self.mask else {}), safe="/,")
-
-    @classmethod
-    def from_link(cls, link: str) -> "State":
-        """Read what ``link`` wrote; other keys are left to others."""
-        known = {f.name: f for f in fields(cls)}
-        given = {k: v for k, v in parse_qsl(link.rpartition("?")[2]) if k in known}
-        try:
-            return cls(**{k: _read(k, known[k].default, v) for k, v in given.items()})
-        except ValueError:
-            raise ValueError(f"The link {link[:80]!r} cannot be read; copy all of it again.") from None
-
-
-def _read(name: str, default, text: str):
-    """One value of a link, of the type of its default."""
-    if name == "factors":
-        return tuple((int(s), float(f)) for s, f in (pair.split("x") for pair in text.split("_")))
-    if isinstance(default, tuple):
-        return tuple(map(int, text.split("_")))
-    return text == "1" if isinstance(default, bool) else type(default)(text)
 
 
 class View(NamedTuple):
@@ -111,39 +46,7 @@ class References(NamedTuple):
     labels: list[int]
 
 
-class Adapted(NamedTuple):
-    """An adapted tower (``below``, ``above``, ``text_features``, ``logits``), the classes it tells apart, its name."""
-
-    tower: object
-    class_names: tuple[str, ...]
-    name: str = "MaPLe"
-
-
 # Pictures -----------------------------------------------------------------------------------------------
-
-def decode_picture(data: bytes) -> np.ndarray:
-    """A picture that a user gave, uint8 ``[H,W,3]``, upright; size and format are checked before it is decoded."""
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"The picture has {len(data) / 2**20:.1f} MB, the limit is {MAX_BYTES // 2**20} MB; "
-                         "choose a smaller file.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, higher limit
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-    except Image.DecompressionBombError:
-        width = height = MAX_PIXELS
-        image = None
-    except Exception:  # a hostile file can make a decoder fail in any way
-        raise ValueError(f"The file is not a picture that can be read; choose a {', '.join(FORMATS)} file.") from None
-    if width * height > MAX_PIXELS:
-        size = f" of {width:,} x {height:,} pixels" if image else ""
-        raise ValueError(f"The picture{size} is above the limit of {MAX_PIXELS // 10**6} megapixels; make it smaller.")
-    try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception:
-        raise ValueError("The picture is damaged and cannot be decoded; choose another file.") from None
-
 
 def as_seen(clip: Clip, pixels: torch.Tensor) -> np.ndarray:
     """Preprocessed pixels ``[B,3,H,W]`` as images again: the crop the patches lie on, uint8 ``[B,H,W,3]``."""
@@ -164,13 +67,13 @@ class Explorer:
     """Everything the explorer shows, computed when asked for and kept.
 
     ``stats`` were taken of the data set ``references``. ``datasets``: name -> images to choose from; ``prompts``:
-    name -> prompt templates; ``adapted``: a tower to compare with, or None.
+    name -> prompt templates; ``adapted``: name -> a model adapted to the task, where there is one to compare with.
     """
 
     def __init__(self, clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, references, layer: int,
-                 datasets: dict, prompts: dict[str, list[str]], adapted: Adapted | None = None):
+                 datasets: dict, prompts: dict[str, list[str]], adapted: dict[str, Adapted] | None = None):
         self.clip, self.sae, self.stats, self.references, self.layer = clip, sae, stats, references, layer
-        self.datasets, self.prompts, self.adapted = datasets, prompts, adapted
+        self.datasets, self.prompts, self.adapted = datasets, prompts, adapted or {}
         self.uploaded: np.ndarray | None = None
         self.found = (stats.reference_rows >= 0).sum(1).numpy()
         self.concepts, self.counts = reference_concepts(stats, references)
@@ -190,21 +93,28 @@ class Explorer:
         own = counts[view.label] - counts.mean(0) if view.label < len(counts) else view.h.mean(0).cpu()
         latent = int(own.argmax())
         row, column = divmod(int(view.h[1:self.clip.n_tokens, latent].argmax()), self.clip.grid)
-        return State(name, 0, (row, column, row, column), label=max(view.label, 0), latent=latent, anchor=latent)
+        place = np.nan_to_num(self.places[latent]).astype(int).tolist()
+        return State(name, 0, (row, column, row, column), label=max(view.label, 0), latent=latent, anchor=latent,
+                     box=(*place, *place))
 
     def take(self, picture: np.ndarray) -> None:
         """Make a picture of one's own, uint8 ``[H,W,3]``, image 0 of ``UPLOAD``, in the place of the last one."""
         self.uploaded = picture
         self.view.cache_clear()
 
-    def class_names(self, dataset: str) -> tuple[str, ...]:
-        """Classes of a data set; a picture of one's own gets those of the first."""
-        return self.datasets.get(dataset, next(iter(self.datasets.values()))).class_names
+    def task(self, dataset: str) -> str:
+        """The data set whose classes and adapted model an image gets: its own, or the first for one's own picture."""
+        return next(iter(self.datasets)) if dataset == UPLOAD else dataset
 
-    def _text(self, dataset: str) -> torch.Tensor:
-        """Class prompts of a data set: ``[C,P]``."""
-        prompts = self.prompts.get(dataset, next(iter(self.prompts.values())))
-        return class_prototypes(self.clip, self.class_names(dataset), prompts).to(self.clip.device)
+    def class_names(self, dataset: str) -> tuple[str, ...]:
+        """The classes that an image is told apart by."""
+        return self.datasets[self.task(dataset)].class_names
+
+    def _text(self, task: str) -> list[torch.Tensor]:
+        """Class prompts of a data set, ``[C,P]``: CLIP's and, where there is one, the adapted model's."""
+        names = self.class_names(task)
+        own = class_prototypes(self.clip, names, self.prompts[task]).to(self.clip.device)
+        return [own, self.adapted[task].text(names)] if task in self.adapted else [own]
 
     @torch.no_grad()
     def _view(self, dataset: str, row: int) -> View:
@@ -216,9 +126,9 @@ class Explorer:
             pixels, label = batch.pixels, int(batch.labels[0])
         z = self.clip.below(pixels, self.layer)
         view = View(as_seen(self.clip, pixels)[0], label, z, self.sae.encode(z[0]))
-        if self.adapted is None:
+        if (task := self.task(dataset)) not in self.adapted:
             return view
-        z = self.adapted.tower.below(pixels, self.layer)
+        z = self.adapted[task].tower.below(pixels, self.layer)
         return view._replace(adapted_z=z, adapted_h=self.sae.encode(z[0, :self.clip.n_tokens]))
 
     def tokens(self, region) -> list[int]:
@@ -228,8 +138,11 @@ class Explorer:
 
     def heat(self, state: State) -> np.ndarray:
         """The chosen latent on every patch of the image: ``[g,g]``."""
-        h = self.view(state.dataset, state.image).h[1:self.clip.n_tokens, state.latent]
-        return h.unflatten(0, (self.clip.grid, self.clip.grid)).cpu().numpy()
+        return self.patches(self.view(state.dataset, state.image).h, state.latent)
+
+    def patches(self, h: torch.Tensor, latent: int) -> np.ndarray:
+        """One latent of ``h [T,S]`` on the patches: ``[g,g]``."""
+        return h[1:self.clip.n_tokens, latent].unflatten(0, (self.clip.grid, self.clip.grid)).cpu().numpy()
 
     # Lists of latents
 
@@ -277,7 +190,9 @@ class Explorer:
         return torch.from_numpy(np.where(inside & np.isfinite(distance), 1 / (1 + distance), 0.0))
 
     def change(self, view: View) -> torch.Tensor:
-        """Image-level activation with the adapted tower less that with CLIP: ``[S]``."""
+        """Image-level activation with the adapted tower less that with CLIP: ``[S]``; 0 where there is none."""
+        if view.adapted_h is None:
+            return torch.zeros(self.sae.n_latents)
         return view.adapted_h.mean(0) - view.h.mean(0)
 
     # One latent
@@ -331,23 +246,17 @@ class Explorer:
 
     @torch.no_grad()
     def probabilities(self, state: State) -> pd.DataFrame:
-        """Zero-shot probabilities of the data set's classes, before and after the factors, largest change first.
+        """Zero-shot probabilities of the data set's classes, before and after the factors.
 
-        Columns class, before, after; with an adapted tower that tells the same classes apart also adapted_before
-        and adapted_after.
+        Columns class, before, after; with an adapted model also adapted_before and adapted_after.
         """
-        view, names = self.view(state.dataset, state.image), self.class_names(state.dataset)
-        table = {"class": names} | self._before_after(self.clip, view.z, view.h, self.text(state.dataset), state)
-        if self.adapted and tuple(self.adapted.class_names) == tuple(names):
-            tower, text = self.adapted.tower, self.adapted_text
-            adapted = self._before_after(tower, view.adapted_z, view.adapted_h, text, state)
-            table |= {f"adapted_{name}": value for name, value in adapted.items()}
+        view, (text, *adapted) = self.view(state.dataset, state.image), self.text(self.task(state.dataset))
+        table = {"class": self.class_names(state.dataset)} | self._before_after(self.clip, view.z, view.h, text, state)
+        if adapted:
+            tower = self.adapted[self.task(state.dataset)].tower
+            both = self._before_after(tower, view.adapted_z, view.adapted_h, adapted[0], state)
+            table |= {f"adapted_{name}": value for name, value in both.items()}
         return pd.DataFrame(table)
-
-    @functools.cached_property
-    def adapted_text(self) -> torch.Tensor:
-        """Class prompts of the adapted tower: ``[C,P]``."""
-        return self.adapted.tower.text_features()
 
     def _before_after(self, tower, z, h, text, state: State) -> dict[str, np.ndarray]:
         """Probabilities of one tower from z as it is and edited, finished together."""
@@ -385,8 +294,9 @@ def scatter_limits(stats: LatentStatistics) -> tuple[float, float, float, float]
     return tuple(float(edge) for log in logs for edge in (log.min() - 0.1, log.max() + 0.1))
 
 
-def open_explorer(profile: Profile, adapted: Adapted | None = None) -> Explorer:
-    """The explorer of a profile: its model, autoencoder and statistics, and its tasks' test images to choose from."""
+def open_explorer(profile: Profile) -> Explorer:
+    """The explorer of a profile: its model, autoencoder and statistics, its tasks' test images to choose from, and
+    the models adapted to these tasks that were trained before."""
     clip = load_clip(profile.model.name, device())
     train = open_dataset(profile, profile.data.task, "train")
     sae = trained_sae(profile, clip, train)
@@ -395,4 +305,14 @@ def open_explorer(profile: Profile, adapted: Adapted | None = None) -> Explorer:
     tasks = (profile.data.task, *profile.data.transfer)
     datasets = {f"{task}/test": open_dataset(profile, task, "test") for task in tasks}
     prompts = {f"{task}/test": templates(profile, task) for task in tasks}
+    adapted = {f"{task}/test": model for task in tasks if (model := _adapted(profile, clip, task))}
     return Explorer(clip, sae, stats, train, profile.model.layer, datasets, prompts, adapted)
+
+
+def _adapted(profile: Profile, clip: Clip, task: str) -> Adapted | None:
+    """MaPLe on the base classes of a task, if it was trained before: nobody waits for that here."""
+    seed = profile.adaptation.seeds[0]
+    train = open_dataset(profile, task, "train")
+    key = adaptation_key(profile, clip, task, "maple", seed, train)
+    known = any((folder / "adapted" / key).is_dir() for folder in (profile.data_dir, profile.run_dir))
+    return adapted_model(profile, clip, task, "maple", seed, train) if known else None

@@ -5,32 +5,32 @@ Everything works without a browser: set a trait and read another.
 
 import io
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import traitlets
 from matplotlib.figure import Figure
 
 from patchsae import pages
-from patchsae.explorer import (
+from patchsae.explorer import Explorer, masked_image
+from patchsae.explorer_state import (
     CELLS,
     FORMATS,
     MAX_BYTES,
     MAX_PIXELS,
     SCOPES,
     UPLOAD,
-    Explorer,
     State,
     decode_picture,
-    masked_image,
 )
 from patchsae.figures_explorer import explorer_sheet, scatter_picture
 
 #: Classes whose probabilities are shown; factors a latent can be scaled with.
-SHOWN, STRONGEST_FACTOR = 8, 4.0
+SHOWN, STRONGEST = 8, 4.0
 MEANINGS = {"patch": "Mean activation on the framed patches.", "image": "Mean activation over all tokens of the image.",
             "class": "Active tokens on the training images of the class (eq. 5).",
             "words": "Share of a latent's reference images that show a concept of this name.",
@@ -65,7 +65,7 @@ class ExplorerWidget(anywidget.AnyWidget):
     sizes = traitlets.Dict().tag(sync=True)
     picture, caption, hint, meaning, link = (traitlets.Unicode().tag(sync=True) for _ in range(5))
     rows = traitlets.List().tag(sync=True)
-    detail, probabilities = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True)
+    detail, probabilities, compared = (traitlets.Dict().tag(sync=True) for _ in range(3))
     place = traitlets.List(traitlets.Float()).tag(sync=True)
     message = traitlets.List(["", ""]).tag(sync=True)
 
@@ -84,18 +84,16 @@ class ExplorerWidget(anywidget.AnyWidget):
         return State(**values | {name: tuple(values[name]) for name in ("region", "box")})
 
     def open_link(self, link: str) -> None:
-        """Show the state of a link; one that cannot be read gives a message and the first state."""
-        state, message = self.explorer.first_state(), ["", ""]
+        """Show the state of a link; one that cannot be shown gives a message and the first state."""
         try:
             given = State.from_link(link)
-            if given.dataset in self.explorer.datasets:
-                state = given
-            elif given != State():
+            known = given.dataset in self.explorer.datasets
+            if given != State() and not known:
                 raise ValueError(f"The link names the data set {given.dataset!r}, which is not here; choose another.")
-        except ValueError as error:
-            message = ["problem", str(error)]
-        self._set(state)
-        self.message = message
+            self._set(given if known else self.explorer.first_state())
+        except (ValueError, traitlets.TraitError) as error:
+            self._set(self.explorer.first_state())
+            self.message = ["problem", str(error)]
 
     def figure(self) -> Figure:
         """What is shown, as a figure."""
@@ -118,25 +116,26 @@ class ExplorerWidget(anywidget.AnyWidget):
     @traitlets.validate("image", "label", "latent", "anchor")
     def _within(self, proposal) -> int:
         many = {"image": self.sizes.get(self.dataset, 1), "label": len(self.explorer.references.class_names)}
-        return int(np.clip(proposal["value"], 0, many.get(proposal["trait"].name, self.explorer.sae.n_latents) - 1))
+        return _clipped(proposal["value"], many.get(proposal["trait"].name, self.explorer.sae.n_latents))
 
     @traitlets.validate("region", "box")
     def _inside(self, proposal) -> list[int]:
         """A rectangle (top, left, bottom, right) within the patches or the cells."""
+        if len(proposal["value"]) != 4:
+            raise traitlets.TraitError("A region is four numbers: top, left, bottom and right; give all of them.")
         rows, columns = CELLS if proposal["trait"].name == "box" else (self.explorer.clip.grid,) * 2
-        top, left, bottom, right = proposal["value"]
-        (top, bottom), (left, right) = (np.clip(sorted(pair), 0, n - 1).tolist()
-                                        for pair, n in (((top, bottom), rows), ((left, right), columns)))
-        return [top, left, bottom, right]
+        top, left, bottom, right = (_clipped(v, n) for v, n in zip(proposal["value"], (rows, columns) * 2))
+        return [min(top, bottom), min(left, right), max(top, bottom), max(left, right)]
 
     @traitlets.validate("factors")
     def _scaled(self, proposal) -> list:
-        latents = {int(np.clip(s, 0, self.explorer.sae.n_latents - 1)): f for s, f in proposal["value"]}
-        return [[s, float(np.clip(f, 0, STRONGEST_FACTOR))] for s, f in sorted(latents.items()) if f != 1]
+        n = self.explorer.sae.n_latents
+        factors = {_clipped(int(s), n): float(np.clip(np.nan_to_num(f), 0, STRONGEST)) for s, f in proposal["value"]}
+        return [[s, factor] for s, factor in sorted(factors.items()) if factor != 1]
 
     @traitlets.validate("threshold")
     def _share(self, proposal) -> float:
-        return float(np.clip(proposal["value"], 0, 1))
+        return float(np.clip(np.nan_to_num(proposal["value"]), 0, 1))
 
     # Showing what follows
 
@@ -156,12 +155,14 @@ class ExplorerWidget(anywidget.AnyWidget):
     def _set(self, state: State) -> None:
         """Choose all of a state at once."""
         self.opening = True
-        self.dataset = state.dataset
-        for name in NAMES:
-            value = getattr(state, name)
-            setattr(self, name, [list(v) if isinstance(v, tuple) else v for v in value]
-                    if isinstance(value, tuple) else value)
-        self.opening = False
+        try:
+            for name in NAMES:
+                value = getattr(state, name)
+                setattr(self, name, [list(v) if isinstance(v, tuple) else v for v in value]
+                        if isinstance(value, tuple) else value)
+        finally:
+            self.opening = False
+        self.message = ["", ""]
         self._show()
 
     def _show(self) -> None:
@@ -171,21 +172,24 @@ class ExplorerWidget(anywidget.AnyWidget):
         state, explorer = self.state, self.explorer
         listed, table = explorer.listed(state), explorer.probabilities(state)
         view = explorer.view(state.dataset, state.image)
+        heat = explorer.heat(state)
         with self.hold_sync():
-            self.picture = self._picture(view.image, explorer.heat(state))
-            self.caption, self.meaning = self._caption(view, table), MEANINGS[state.scope]
+            self.picture = self._picture(view.image, heat)
+            self.caption, self.meaning = self._caption(view, table, heat), MEANINGS[state.scope]
             self.rows, self.detail = self._rows(listed), self._detail(state.latent, state.mask, state.threshold)
-            self.probabilities, self.hint = self._probabilities(table), self._hint(state.region)
+            self.probabilities, self.compared = self._probabilities(table), self._compared(view, state)
+            self.hint = self._hint(state.region)
             self.place = [] if np.isnan(explorer.places[state.latent]).any() else explorer.places[state.latent].tolist()
             self.link = "" if state.dataset == UPLOAD else state.link()
 
     def _picture(self, image: np.ndarray, heat: np.ndarray) -> str:
         return pages.address(pages.jpeg(masked_image(image, heat, self.threshold) if self.mask else image))
 
-    def _caption(self, view, table) -> str:
+    def _caption(self, view, table, heat: np.ndarray) -> str:
         best = table.loc[table["before"].idxmax()]
         label = f"Labelled {self.explorer.class_names(self.dataset)[view.label]}. " if view.label >= 0 else ""
-        return f"{label}The model says {best['class']}, {best['before']:.0%}."
+        black = f" Latent {self.latent} is active on no patch." if self.mask and not heat.any() else ""
+        return f"{label}The model says {best['class']}, {best['before']:.0%}.{black}"
 
     def _hint(self, region) -> str:
         """The strongest latents of a region in a line."""
@@ -228,9 +232,21 @@ class ExplorerWidget(anywidget.AnyWidget):
         columns = [c for c in table if c != "class"]
         top = table.loc[table[columns].max(axis=1).sort_values(ascending=False, kind="stable").index[:SHOWN]]
         pairs = [columns[i:i + 2] for i in range(0, len(columns), 2)]
-        towers = ["CLIP"] + ([self.explorer.adapted.name] if len(pairs) > 1 else [])
+        towers = ["CLIP", "MaPLe"][:len(pairs)]
         rows = [[name, *(top.loc[i, pair].tolist() for pair in pairs)] for i, name in top["class"].items()]
         return {"towers": towers, "rows": rows}
+
+    def _compared(self, view, state: State) -> dict:
+        """The chosen latent on the image before and after adaptation, and the latents that changed most."""
+        if view.adapted_h is None:
+            return {}
+        explorer, both = self.explorer, (view.h, view.adapted_h)
+        means = torch.stack([h.mean(0).cpu() for h in both], 1)
+        rows = [(s, explorer.names[s], *means[s].tolist())
+                for s in explorer.listed(replace(state, scope="changed"))["latent"].tolist()]
+        masks = [masked_image(view.image, explorer.patches(h, state.latent), self.threshold) for h in both]
+        return {"towers": ["CLIP", "MaPLe"], "pictures": [pages.address(pages.jpeg(mask)) for mask in masks],
+                "rows": rows[:SHOWN], "values": means[state.latent].tolist()}
 
     # Pictures of one's own, and files to keep
 
@@ -271,3 +287,8 @@ class ExplorerWidget(anywidget.AnyWidget):
             table.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
         name, mime = ("png", "image/png") if kind == "figure" else ("csv", "text/csv")
         self.send({"name": f"explorer_{kind}.{name}", "type": mime}, [buffer.getvalue()])
+
+
+def _clipped(value: int, many: int) -> int:
+    """The nearest of 0 to ``many`` - 1."""
+    return max(0, min(value, many - 1))

@@ -24,7 +24,8 @@ from patchsae.canvas import (
     place,
     write,
 )
-from patchsae.explorer import Explorer, State, masked_image, scatter_limits
+from patchsae.explorer import Explorer, masked_image, scatter_limits
+from patchsae.explorer_state import State
 
 #: Inches of the clickable scatter: width, height, then left, top, width and height of the axes.
 SCATTER = (5.0, 3.5, 0.5, 0.06, 3.85, 2.98)
