@@ -87,11 +87,11 @@ function picker({ label, rows, columns, area, lines, choose, hover }) {
   return { root, show, picture, point };
 }
 
-function latentList(model, name) {
+function latentList(model, name, set) {
   const list = make("ol", { className: "latents", "aria-label": "Latents, strongest first" });
   const show = () => list.replaceChildren(...model.get("rows").map((row) => make("li", {}, make("label", {},
     make("input", { type: "radio", name, value: row.latent, checked: row.latent === model.get("latent"),
-      onchange: () => { model.set("latent", row.latent); model.save_changes(); } }),
+      onchange: () => set({ latent: row.latent }) }),
     make("img", { src: row.picture, alt: "" }),
     make("span", { className: "what" },
       make("span", { className: "title" }, make("b", {}, `${row.latent}`), row.name), meter(row.share, row.less)),
@@ -150,7 +150,7 @@ function probabilities(model) {
   return root;
 }
 
-function comparison(model) {
+function comparison(model, set) {
   const root = make("section", { className: "wide" });
   const pair = (values, most) => make("td", {}, make("div", { className: "pair" }, ...["before", "after"].flatMap((which, i) => {
     const bar = meter(values[i] / most);
@@ -172,7 +172,7 @@ function comparison(model) {
       make("table", { className: "probabilities" }, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "latent"),
         make("th", { scope: "col" }, "mean activation"))), make("tbody", {}, ...rows.map(([latent, name, ...both]) =>
         make("tr", {}, make("th", { scope: "row" }, make("button", { type: "button", className: "link",
-          onclick: () => { model.set("latent", latent); model.save_changes(); } }, `${latent}`), ` ${name}`), pair(both, most))))));
+          onclick: () => set({ latent }) }, `${latent}`), ` ${name}`), pair(both, most))))));
   };
   model.on("change:compared", show);
   show();
@@ -181,7 +181,10 @@ function comparison(model) {
 
 function render({ model, el }) {
   const page = model.get("page"), name = `px${Math.random().toString(36).slice(2)}`;
-  const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
+  // Python answers every question by repeating its number when everything that follows has been sent.
+  const root = make("div", { className: "px explorer" });
+  const ask = () => { model.set("asked", model.get("asked") + 1); model.save_changes(); };
+  const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); ask(); };
   // Runs now and whenever one of the traits changes.
   const follow = (names, show) => { model.on(names.split(" ").map((n) => `change:${n}`).join(" "), show); show(); };
   const text = (node, trait) => { follow(trait, () => { node.textContent = model.get(trait); }); return node; };
@@ -210,9 +213,8 @@ function render({ model, el }) {
     const [chosen] = file.files;
     if (!chosen) return;
     // A file above the limit never leaves the browser.
-    if (chosen.size > page.max_bytes) model.set("upload_size", chosen.size);
-    else model.set("upload", new DataView(await chosen.arrayBuffer()));
-    model.save_changes();
+    if (chosen.size > page.max_bytes) set({ upload_size: chosen.size });
+    else set({ upload: new DataView(await chosen.arrayBuffer()) });
     file.value = "";
   } });
   const choose = make("div", { className: "row" }, field("Data set", dataset), field("Image", image), turn(-1), turn(1),
@@ -226,7 +228,7 @@ function render({ model, el }) {
   follow("region", () => patches.show(model.get("region")));
   const mask = make("input", { type: "checkbox", onchange: () => set({ mask: mask.checked }) });
   const threshold = make("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: () => set({ threshold: +threshold.value }) });
-  const cut = make("output");
+  const cut = make("b");
   follow("mask", () => { mask.checked = model.get("mask"); threshold.disabled = !model.get("mask"); });
   follow("threshold", () => { threshold.value = model.get("threshold"); cut.textContent = percent(model.get("threshold")); });
   const own = make("section", {}, make("h2", {}, "Image"), text(make("p"), "caption"), patches.root, text(make("p", { className: "hint" }), "hint"),
@@ -250,12 +252,12 @@ function render({ model, el }) {
   follow("query", () => { if (query.value !== model.get("query")) query.value = model.get("query"); });
   follow("anchor", () => { anchor.value = model.get("anchor"); });
   const meaning = text(make("p", { className: "quiet" }), "meaning");
-  const listed = make("section", {}, make("h2", {}, "Latents"), scopes, ...Object.values(fields), meaning, latentList(model, `${name}latent`));
+  const listed = make("section", {}, make("h2", {}, "Latents"), scopes, ...Object.values(fields), meaning, latentList(model, `${name}latent`, set));
 
   // One latent
   const number = make("input", { type: "number", min: 0, max: page.latents - 1, onchange: () => set({ latent: Math.trunc(+number.value) || 0 }) });
   const factor = make("input", { type: "range", min: 0, max: 4, step: 0.25, oninput: () => set({ factors: [...others(), [model.get("latent"), +factor.value]] }) });
-  const strength = make("output");
+  const strength = make("b");
   const others = () => model.get("factors").filter(([latent]) => latent !== model.get("latent"));
   const current = () => (model.get("factors").find(([latent]) => latent === model.get("latent")) || [0, 1])[1];
   const off = make("button", { type: "button", onclick: () => set({ factors: current() === 0 ? others() : [...others(), [model.get("latent"), 0]] }) }, "Switch off");
@@ -303,12 +305,14 @@ function render({ model, el }) {
     make("a", { href: url, download: content.name }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10000);
   });
-  const save = make("section", { className: "wide" }, make("h2", {}, "Keep this"), make("div", { className: "row" },
+  const save = make("section", { className: "whole" }, make("h2", {}, "Keep this"), make("div", { className: "row" },
     make("label", { className: "field grow" }, "Link to what is shown", link), keep("figure", "Save the figure (png)"),
     keep("latents", "Save the latents (csv)"), keep("probabilities", "Save the probabilities (csv)")));
 
-  el.replaceChildren(make("div", { className: "px explorer" }, make("section", { "aria-label": "Choose an image" }, choose, message),
-    make("div", { className: "panels" }, own, listed, one, says, comparison(model), all, save)));
+  follow("asked answered", () => root.setAttribute("aria-busy", model.get("asked") !== model.get("answered")));
+  root.append(make("section", { "aria-label": "Choose an image" }, choose, message),
+    make("div", { className: "panels" }, own, listed, one, says, comparison(model, set), all, save));
+  el.replaceChildren(root);
 }
 
 export default { render };

@@ -174,6 +174,8 @@ class Explorer:
         columns = [i for i, part in enumerate(parts)
                    if words and all(any(p.startswith(word) for p in part) for word in words)]
         best = self.counts[:, columns].max(1, initial=0) / np.maximum(self.found, 1)
+        called = np.isin(self.names, [self.concepts[i] for i in columns])
+        best = best + 1e-6 * (called & (best > 0))  # among equals those of that name come first
         if query.strip().isdigit() and int(query) < len(best):
             best[int(query)] = 1
         return torch.from_numpy(best)

@@ -60,6 +60,8 @@ class ExplorerWidget(anywidget.AnyWidget):
     hover = traitlets.List(traitlets.Int()).tag(sync=True)
     upload = traitlets.CBytes().tag(sync=True)
     upload_size = traitlets.Int().tag(sync=True)
+    asked = traitlets.Int().tag(sync=True)
+    answered = traitlets.Int().tag(sync=True)
 
     page = traitlets.Dict().tag(sync=True)
     sizes = traitlets.Dict().tag(sync=True)
@@ -199,6 +201,12 @@ class ExplorerWidget(anywidget.AnyWidget):
         where = f"Row {top}, column {left}" if one else f"Rows {top}-{bottom}, columns {left}-{right}"
         latents = [f"{s} {self.explorer.names[s]}" for s in self.explorer.listed(state)["latent"][:3]]
         return f"{where}: {', '.join(latents) or 'no latent is active'}."
+
+    @traitlets.observe("asked")
+    def _answer(self, change) -> None:
+        """Tell the page that all it asked for until now is there."""
+        self._show()
+        self.answered = self.asked
 
     @traitlets.observe("hover")
     def _hovered(self, change) -> None:
