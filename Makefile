@@ -24,7 +24,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(wildcard notebooks/exp
 RUNS := $(NOTEBOOKS:notebooks/%.ipynb=run-%)
 FIRST_RUN := $(filter run-01_%,$(RUNS))
 
-.PHONY: help env figures test notebooks mini-clip mini-artifacts lab lint clean
+.PHONY: help env figures test notebooks check fetch rehearsal mini-clip mini-artifacts lab lint clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -38,9 +38,25 @@ figures: $(RUNS)  ## recompute every figure whose code or inputs changed
 
 # run-01_train_sae and so on; tools/run_notebook.py decides by content whether there is anything to do.
 .PHONY: $(RUNS)
-$(RUNS): run-%: notebooks/%.ipynb | env
+$(RUNS): run-%: notebooks/%.ipynb | ready
 	@"$(PYTHON)" tools/run_notebook.py $<
 $(filter-out $(FIRST_RUN),$(RUNS)): $(FIRST_RUN)
+
+# What is missing is said before the first notebook starts, and nothing is written.
+.PHONY: ready
+ready: | env
+	@"$(PYTHON)" -B -m patchsae.check --quiet
+
+check: | env  ## say what the profile needs, what is missing, and what it will cost
+	@"$(PYTHON)" -B -m patchsae.check
+
+fetch: | env  ## download the profile's weights and images as far as the hub has them
+	"$(PYTHON)" -m patchsae.fetch
+
+rehearsal: | env  ## run every notebook in the paper's dimensions on random weights and drawn images
+	"$(PYTHON)" -m patchsae.rehearsal make
+	$(MAKE) figures PROFILE=rehearsal
+	"$(PYTHON)" -m patchsae.rehearsal report
 
 test: | env  ## run the unit tests, then every notebook from top to bottom
 	"$(PYTHON)" -m pytest -q -p no:cacheprovider tests

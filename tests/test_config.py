@@ -74,7 +74,7 @@ def test_the_name_is_the_files_name(write):
         ("[model]", "[[model]]", "model"),
         ("seed = 0", "seed = ", "other.toml"),
         ('tokens = "all"', 'tokens = "patch"', "patch"),
-        ("steps = 2500", 'steps = "many"', "steps"),
+        ("steps = 8000", 'steps = "many"', "steps"),
         ("seed = 0", "seed = 0.5", "seed"),
         ("layer = -2", 'layer = "last"', "layer"),
     ],

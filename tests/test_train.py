@@ -10,7 +10,7 @@ import torch
 from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
-import patchsae.sae
+import patchsae.formats
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
 from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
@@ -310,7 +310,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
     profile, ds = whole[:2]
     tokens = TrainingTokens(clip, ds, -2)
     first = torch.cat([tokens[training_rows(len(ds), step, 4, profile.seed)] for step in range(8)])
-    sae = new_sae(profile, clip, ds)
+    sae = new_sae(profile.with_sae(b_dec="geometric_median"), clip, ds)
     assert tuple(sae.W_enc.shape) == (12, 36)
     points = first.flatten(0, 1).double()
     distances = (points - sae.b_dec.detach().double()).norm(dim=1)
@@ -456,7 +456,7 @@ def test_a_finished_run_is_read_not_trained(whole, clip, home):
 def test_interrupted_while_the_finished_autoencoder_is_written(whole, clip, home, monkeypatch, name, after):
     profile, ds, _, expected, _ = whole
     with monkeypatch.context() as patch:
-        interrupt_once(patch, patchsae.sae, name, 1, after)
+        interrupt_once(patch, patchsae.formats, name, 1, after)
         with pytest.raises(KeyboardInterrupt):
             trained_sae(profile, clip, ds)
     again = trained_sae(profile, clip, ds)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -158,6 +159,12 @@ def execute(path: Path, environment: dict[str, str]):
     return clean(notebook)
 
 
+def peak_memory() -> int:
+    """Most bytes that a kernel of this process held at once."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+
+
 def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool = False) -> None:
     """Bring one notebook, and those it runs after, up to date."""
     key = notebook_key(name, profile, root)
@@ -179,7 +186,8 @@ def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool
         if in_place:
             check_outputs(notebook, name)
             write_text(path, text)
-        write_text(stamp, json.dumps({"key": key, "files": files}, indent=1) + "\n")
+        took = {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak_memory()}
+        write_text(stamp, json.dumps({"key": key, "files": files} | took, indent=1) + "\n")
     figures = sum(file.endswith(".png") for file in files)
     print(f"{name}: {time.monotonic() - start:.0f} s, {figures} figures", flush=True)
 

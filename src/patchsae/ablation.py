@@ -18,9 +18,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
-from tqdm.auto import tqdm
 
-from patchsae.activations import load_pixels
+from patchsae.activations import pixel_batches
 from patchsae.clip import Clip
 from patchsae.sae import SparseAutoencoder
 
@@ -243,8 +242,7 @@ def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> 
     """Classify the images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
     clip, wanted = setup.clip, torch.zeros(len(setup.text), dtype=torch.bool)
     wanted[setup.classes] = True
-    for start in tqdm(range(0, len(ds), batch_images), desc=title, disable=not title, mininterval=1):
-        batch = load_pixels(clip, ds, range(start, min(start + batch_images, len(ds))))
+    for batch in pixel_batches(clip, ds, batch_images, title):
         rows = wanted[batch.labels].nonzero()[:, 0]
         if len(rows):
             labels = batch.labels[rows].tolist()

@@ -28,6 +28,8 @@ from patchsae.maple import MaPLe, new_maple
 from patchsae.probes import linear_weights
 
 METHODS = ("maple", "coop", "lora", "linear probe", "fine-tuning")
+#: The control: MaPLe's prompts as they are before training.
+UNTRAINED = "untrained prompts"
 #: CoOp learns the four words "a photo of a".
 COOP_WORDS = 4
 #: Rate of the first epoch of prompt training, and its momentum and weight decay, as published.
@@ -83,8 +85,10 @@ def adapt(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, p
 
 def adaptation_key(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base") -> str:
     """Hash of everything that decides an adapted model."""
-    shared = {k: v for k, v in dataclasses.asdict(profile.adaptation).items() if k not in ("tasks", "seeds")}
-    own = {} if method == "linear probe" else dataclasses.asdict(method_settings(profile, method))
+    left_out = ("tasks", "seeds", "images")
+    shared = {k: v for k, v in dataclasses.asdict(profile.adaptation).items() if k not in left_out}
+    untuned = method in ("linear probe", "zero-shot", UNTRAINED)
+    own = {} if untuned else dataclasses.asdict(method_settings(profile, method))
     key = [clip.fingerprint(), ds.fingerprint(), task, method, seed, part, shared, own]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -93,8 +97,11 @@ def adapted_model(profile: Profile, clip: Clip, task: str, method: str, seed: in
                   title: str = "") -> Adapted:
     """The adapted model of the profile's settings: committed or trained before, else trained now and kept.
 
-    Prompts are kept as prompts, the methods that change weights as the image tower's weights.
+    Prompts are kept as prompts, the methods that change weights as the image tower's weights. ``method`` may also be
+    ``UNTRAINED``.
     """
+    if method == UNTRAINED:
+        return as_adapted(new_prompts(profile, clip, ds.class_names, "maple", seed))
     if method == "linear probe":
         return adapt(profile, clip, task, method, seed, ds, part)
     key = adaptation_key(profile, clip, task, method, seed, ds, part)
@@ -140,7 +147,7 @@ def train_prompts(profile: Profile, model: MaPLe, shots, method: str, seed: int,
     def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model.logits(embeddings, model.text(model.token_ids)), labels)
 
-    rates = [WARM_UP_RATE, *_cosine(s.learning_rate, s.epochs)[:-1]]
+    rates = [WARM_UP_RATE, *_cosine(s.learning_rate, s.epochs_of(len(shots)))[:-1]]
     _train(profile.adaptation, s, model, shots, optimizer, rates, loss, seed, title, fixed=method == "coop")
     return model
 
@@ -158,7 +165,7 @@ def _tuned(profile: Profile, clip: Clip, task: str, shots, method: str, seed: in
     text = unadapted(clip, task).text
     features = text(shots.class_names)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
-    _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs),
+    _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs_of(len(shots))),
            lambda embeddings, labels: F.cross_entropy(tower.logits(embeddings, features), labels), seed, title)
     return Adapted(Clip(_merged(model), clip.tokenizer, clip.processor), text)
 

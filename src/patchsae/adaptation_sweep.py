@@ -1,96 +1,145 @@
-"""The adapted models and their accuracies, made once by ``make mini-artifacts``.
+"""Tables of adaptation over tasks, methods and seeds, made once by ``make mini-artifacts`` and read by notebook 06.
 
-What is in the tables already is not computed again, and adapted models are kept under their settings, so that an
-interrupted run goes on where it stopped.
+A group of rows that is in its table already, under the same key, is not computed again, and adapted models are kept
+under their settings: an interrupted run goes on where it stopped.
 """
 
+import functools
 import itertools
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
-import torch
 
-from patchsae.adapt import METHODS, adaptation_key, adapted_model, as_adapted, halves, new_prompts, unadapted
-from patchsae.adaptation import swap_table
+from patchsae.activations import kept_pixels
+from patchsae.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, halves, unadapted
+from patchsae.adaptation import correlations, group_sizes, interval, swap_table
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import Profile, device, start
 from patchsae.datasets import Subset, open_dataset
+from patchsae.fidelity import measure
+from patchsae.latents import collect_latents
+from patchsae.probes import PROBED
+from patchsae.remapping import class_readout, concept_readout
+from patchsae.sae import SparseAutoencoder
+from patchsae.train import trained_sae
 
-#: Methods whose adapted models are committed: the small ones.
-KEPT = ("maple", "coop")
-UNTRAINED = "untrained prompts"
+#: Methods whose adapted models are committed, because they are small; those that change the image tower.
+KEPT, TOWERS = ("maple", "coop"), ("maple", "lora", "fine-tuning", UNTRAINED)
+#: Ranks that end "high" and begin "low" in the tables.
+UPPER, LOWER = 10, 100
+FIDELITY = ["mse", "l0", "dead", "ev_patch", "ev_cls", "accuracy_original", "accuracy_spliced"]
 
 
-def table_path(profile: Profile, name: str):
-    """A committed table of this room: "accuracy" or "transfer"."""
+def table_path(profile: Profile, name: str) -> Path:
+    """Where a table of this room is committed."""
     return profile.data_dir / "adapted" / f"{name}.csv"
 
 
-def committed_table(profile: Profile, name: str) -> pd.DataFrame:
-    """Read a committed table."""
-    path = table_path(profile, name)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; run make mini-artifacts, which makes it.")
-    return pd.read_csv(path)
+@functools.lru_cache(maxsize=4)
+def images(profile: Profile, clip: Clip, task: str, split: str):
+    """The images of a split that everything here is measured on, read once."""
+    ds = open_dataset(profile, task, split)
+    if split == "train":
+        ds = Subset(ds, range(len(ds.class_names)), range(min(len(ds), profile.adaptation.images)))
+    return kept_pixels(clip, ds)
 
 
-def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, train, part: str = "base"):
-    """The adapted model of a method, or of the control whose prompts nobody trained."""
-    if method == UNTRAINED:
-        return as_adapted(new_prompts(profile, clip, [train.class_names[i] for i in halves(train)["base"]],
-                                      "maple", seed))
-    return adapted_model(profile, clip, task, method, seed, train, part, f"{method} on {task}, seed {seed}")
+def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, part: str = "base"):
+    """An adapted model; method "zero-shot" is CLIP as it is."""
+    if method == "zero-shot":
+        return unadapted(clip, task)
+    return adapted_model(profile, clip, task, method, seed, open_dataset(profile, task, "train"), part,
+                         f"{method} on {task}, seed {seed}")
 
 
 def accuracy_rows(profile: Profile, clip: Clip, task: str, method: str, seed: int) -> pd.DataFrame:
     """Accuracy on both halves of a task's test split, with the image tower and the text features of CLIP and of the
-    adapted model in every combination: task, half, method, seed, key, image, text, n, accuracy, low, high."""
-    train, test = (open_dataset(profile, task, split) for split in ("train", "test"))
-    after = model_of(profile, clip, task, method, seed, train)
-    rows = [swap_table(unadapted(clip, task), after, Subset(test, classes)).assign(half=half)
-            for half, classes in halves(test).items()]
-    key = "" if method == UNTRAINED else adaptation_key(profile, clip, task, method, seed, train)
-    return pd.concat(rows).assign(task=task, method=method, seed=seed, key=key)
+    adapted model in every combination: half, image, text, n, accuracy, low, high."""
+    test, after = images(profile, clip, task, "test"), model_of(profile, clip, task, method, seed)
+    return pd.concat([swap_table(unadapted(clip, task), after, Subset(test, classes)).assign(half=half)
+                      for half, classes in halves(test).items()])
 
 
-def transfer_rows(profile: Profile, clip: Clip, method: str, seed: int) -> pd.DataFrame:
-    """Trained on all classes of the profile's task, tested on all classes of every task: the cross-data-set and
-    domain-shift protocols."""
-    source = profile.data.task
-    after = model_of(profile, clip, source, method, seed, open_dataset(profile, source, "train"), "all")
-    rows = []
-    for task in profile.adaptation.tasks:
-        table = swap_table(unadapted(clip, task), after, open_dataset(profile, task, "test"))
-        rows.append(table[table["image"] == table["text"]].assign(task=task))
-    return pd.concat(rows).assign(source=source, method=method, seed=seed)
+def transfer_rows(profile: Profile, clip: Clip, task: str, method: str, seed: int) -> pd.DataFrame:
+    """Trained on all classes of ``task``, tested on all classes of every task: the cross-data-set and domain-shift
+    protocols. Columns target, image, text, n, accuracy, low, high."""
+    after, rows = model_of(profile, clip, task, method, seed, "all"), []
+    for target in profile.adaptation.tasks:
+        table = swap_table(unadapted(clip, target), after, images(profile, clip, target, "test"))
+        rows.append(table[table["image"] == table["text"]].assign(target=target))
+    return pd.concat(rows)
 
 
-def run(profile: Profile) -> None:
-    """Adapt to every task by every method with every seed, and measure."""
-    clip, seeds = load_clip(profile.model.name, device()), profile.adaptation.seeds
-    _table(profile, "accuracy", ["task", "method", "seed"],
-           [(task, method, seed) for task, method, seed in itertools.product(
-               profile.adaptation.tasks, (*METHODS, UNTRAINED), seeds)],
-           lambda *row: accuracy_rows(profile, clip, *row))
-    _table(profile, "transfer", ["method", "seed"], list(itertools.product(("coop", "maple"), seeds)),
-           lambda *row: transfer_rows(profile, clip, *row))
-    _commit(profile, clip)
+def latent_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
+                seed: int) -> pd.DataFrame:
+    """What the latents of CLIP's autoencoder say in an adapted tower: one row per half.
+
+    readable, low, high: accuracy of a linear readout of the classes; what ``fidelity.measure`` gives; correlations of
+    data-set-level activations with CLIP's; latents per class in each group (ranks 10 and 100).
+    """
+    before, after = unadapted(clip, task).tower, model_of(profile, clip, task, method, seed)
+    train, test, layer, rows = *(images(profile, clip, task, s) for s in ("train", "test")), profile.model.layer, []
+    for half, classes in halves(test).items():
+        seen, unseen = Subset(train, classes), Subset(test, classes)
+        counts = [collect_latents(tower, sae, seen, layer, profile.latents.tau).class_counts
+                  for tower in (before, after.tower)]
+        sizes = group_sizes(*counts, [UPPER], [LOWER]).set_index("group")["mean"]
+        found = interval(class_readout(after.tower, sae, seen, unseen, layer))
+        quality = measure(after.tower, sae, unseen, after.text(unseen.class_names), layer)[FIDELITY]
+        rows.append({"half": half, "readable": found["accuracy"], "low": found["low"], "high": found["high"]}
+                    | quality.to_dict() | correlations(*(c.sum(0) for c in counts)) | sizes.to_dict())
+    return pd.DataFrame(rows)
 
 
-def _table(profile: Profile, name: str, keys: list[str], wanted: list[tuple], rows_of) -> None:
-    """Fill a table, one group of rows after the other; groups that are there already stay."""
+def concept_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
+                 seed: int) -> pd.DataFrame:
+    """How well every ground-truth concept of the profile's own task is read from single patches in a tower that was
+    adapted to ``task``: kind, concept, ap, share. Empty where images have no ground truth."""
+    splits = [open_dataset(profile, profile.data.task, split) for split in ("train", "test")]
+    if not all(hasattr(ds, "scene") for ds in splits):
+        return pd.DataFrame(columns=["kind", "concept", "ap", "share"])
+    tower = model_of(profile, clip, task, method, seed).tower
+    return concept_readout(tower, sae, *splits, profile.model.layer, PROBED, n_images=256)
+
+
+def filled_table(profile: Profile, clip: Clip, name: str, wanted: list[tuple], rows_of: Callable) -> pd.DataFrame:
+    """A committed table, with the groups (task, method, seed) it lacks computed and added."""
     path = table_path(profile, name)
-    done = dict(iter(pd.read_csv(path).groupby(keys))) if path.is_file() else {}
-    for i, group in enumerate(wanted):
-        if group not in done:
-            done[group] = rows_of(*group)
-            whole = pd.concat([done[g] for g in wanted if g in done])
+    known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["task", "method", "seed", "key"])
+    done = dict(iter(known.groupby(["task", "method", "seed", "key"])))
+    keyed = {group: (*group, adaptation_key(profile, clip, *group, open_dataset(profile, group[0], "train")))
+             for group in wanted}
+    for group, key in keyed.items():
+        if key not in done:
+            done[key] = rows_of(*group).assign(**dict(zip(("task", "method", "seed", "key"), key)))
+            whole = pd.concat([done[k] for k in keyed.values() if k in done])
             write_atomically(path, lambda temporary, whole=whole: whole.round(6).to_csv(temporary, index=False))
-            print(f"{name} {i + 1} of {len(wanted)}: {group}", flush=True)
+            print(f"{name}: {', '.join(map(str, group))}", flush=True)
+    return pd.read_csv(path)
 
 
-def _commit(profile: Profile, clip: Clip) -> None:
+def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd.DataFrame]:
+    """Every table of adaptation, "accuracy", "transfer", "latents" and "concepts", as far as needed computed now."""
+    tasks, seeds, own = profile.adaptation.tasks, profile.adaptation.seeds, profile.data.task
+    plain = [(task, "zero-shot", 0) for task in tasks]
+
+    def each(*methods):
+        return list(itertools.product(tasks, methods, seeds))
+
+    return {"accuracy": filled_table(profile, clip, "accuracy", each(*METHODS, UNTRAINED),
+                                     functools.partial(accuracy_rows, profile, clip)),
+            "transfer": filled_table(profile, clip, "transfer", list(itertools.product([own], KEPT, seeds)),
+                                     functools.partial(transfer_rows, profile, clip)),
+            "latents": filled_table(profile, clip, "latents", plain + each(*TOWERS),
+                                    functools.partial(latent_rows, profile, clip, sae)),
+            "concepts": filled_table(profile, clip, "concepts", plain[:1] + each("maple", UNTRAINED),
+                                     functools.partial(concept_rows, profile, clip, sae))}
+
+
+def commit(profile: Profile, clip: Clip) -> None:
     """Copy the small adapted models to the committed data."""
     for task, method, seed in itertools.product(profile.adaptation.tasks, KEPT, profile.adaptation.seeds):
         key = adaptation_key(profile, clip, task, method, seed, open_dataset(profile, task, "train"))
@@ -98,7 +147,12 @@ def _commit(profile: Profile, clip: Clip) -> None:
             shutil.copytree(folder, profile.data_dir / "adapted" / key, dirs_exist_ok=True)
 
 
+def run(profile: Profile) -> None:
+    """Make every table, and keep the adapted models that notebooks look into."""
+    clip = load_clip(profile.model.name, device())
+    tables(profile, clip, trained_sae(profile, clip, open_dataset(profile, profile.data.task, "train")))
+    commit(profile, clip)
+
+
 if __name__ == "__main__":
-    profile_ = start()
-    torch.set_num_threads(1)  # batches of a few images are no faster on more threads
-    run(profile_)
+    run(start())

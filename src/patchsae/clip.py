@@ -4,6 +4,7 @@ An image tower is split after one block into ``below(pixels) -> z`` and ``above(
 else in this package reads or edits ``z``; nothing uses hooks, and nothing below the cut runs twice.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from patchsae.checkpoints import tensor_hash
 from patchsae.config import ROOT
+from patchsae.images import Crop, rgb
+from patchsae.openai import read_openai
 
 
 class Clip:
@@ -30,7 +33,7 @@ class Clip:
         vision = model.config.vision_config
         self.blocks, self.width = model.vision_model.encoder.layers, vision.hidden_size
         self.image_size, self.grid = vision.image_size, vision.image_size // vision.patch_size
-        self.n_tokens = self.grid**2 + 1
+        self.n_tokens, self.crop = self.grid**2 + 1, Crop(vision.image_size)
 
     @property
     def device(self) -> torch.device:
@@ -85,15 +88,31 @@ class Clip:
 
     def pixels(self, images) -> torch.Tensor:
         """Preprocess a uint8 image ``[H,W,3]`` (array, tensor or Pillow image) or several to ``[B,3,H,W]``."""
+        single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
+        arrays = [rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
+                  for image in ([images] if single else images)]
+        if wrong := [a for a in arrays if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3 or 0 in a.shape]:
+            raise ValueError(f"An image is {wrong[0].dtype} of shape {list(wrong[0].shape)}; give uint8 [H, W, 3].")
+        return self.normalise(torch.from_numpy(np.stack([self.crop(array) for array in arrays])))
+
+    def normalise(self, crops: torch.Tensor) -> torch.Tensor:
+        """Cropped uint8 images ``[B,S,S,3]``, on any device, to pixels ``[B,3,S,S]`` of CLIP's mean and deviation."""
         if self.processor is None:
             raise ValueError("This CLIP has no image processor; load it from a folder with preprocessor_config.json.")
-        single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
-        arrays = [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
-                  for image in ([images] if single else images)]
-        if wrong := [a for a in arrays if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3]:
-            raise ValueError(f"An image is {wrong[0].dtype} of shape {list(wrong[0].shape)}; give uint8 [H, W, 3].")
-        images = [Image.fromarray(array) for array in arrays]
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+        table = self._levels.to(crops.device)
+        return torch.stack([table[channel][crops[..., channel].int()] for channel in range(3)], dim=1)
+
+    @functools.cached_property
+    def _levels(self) -> torch.Tensor:
+        """What the processor makes of every grey level, ``[3,256]``: looked up, its floats are had bit for bit."""
+        processor, side = self.processor, self.image_size
+        asked = [processor.size.shortest_edge, *dict(processor.crop_size).values(), processor.resample]
+        if asked != [side, side, side, Image.Resampling.BICUBIC]:
+            raise ValueError(f"preprocessor_config.json asks for other crops than CLIP's of {side} pixels, bicubic; "
+                             "mend it.")
+        levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
+        pixels = processor(images=[levels], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+        return pixels[0, :, 0]
 
     @torch.no_grad()
     def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
@@ -131,12 +150,27 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
 
 
 def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | None = None) -> Clip:
-    """Load a CLIP from a local folder (absolute, or relative to the project's root) or from the hub.
+    """Load a CLIP from a local folder or file (absolute, or relative to the project's root) or from the hub.
 
-    A folder without a tokenizer or preprocessor still gives ``below`` and ``above``.
+    On the hub a revision may follow the name, ``"owner/name@revision"``. A folder without a tokenizer or preprocessor
+    still gives ``below`` and ``above``. A file is one in OpenAI's layout; its tokenizer is looked for beside it.
     """
-    folder = ROOT / name_or_path
-    source = str(folder if folder.is_dir() else name_or_path)
+    path = ROOT / name_or_path
+    if path.is_file():
+        model = read_openai(path)
+        size = model.config.vision_config.image_size
+        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        tokenizer = _optional(AutoTokenizer, str(path.parent), None, "tokenizer_config.json")
+        return Clip(model.to(device), tokenizer, processor)
+    source, _, pinned = (str(path), "", "") if path.is_dir() else str(name_or_path).partition("@")
+    revision = pinned or revision
+    return Clip(_load_model(source, name_or_path, revision).to(device),
+                _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
+                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+
+
+def _load_model(source: str, name_or_path: str | Path, revision: str | None) -> CLIPModel:
+    """A model in the layout of transformers, in float32."""
     try:
         model, report = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32,
                                                   output_loading_info=True)
@@ -148,8 +182,7 @@ def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | Non
         raise ValueError(f"The CLIP at {name_or_path} cannot be loaded ({reason}); fetch it again.") from error
     if report["missing_keys"]:
         raise ValueError(f"The CLIP at {name_or_path} lacks the weight {min(report['missing_keys'])}; fetch it again.")
-    return Clip(model.to(device), _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
-                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+    return model
 
 
 def _optional(kind, source: str, revision, needed: str):

@@ -18,9 +18,10 @@ PROFILES = Path(__file__).with_name("profiles")
 @dataclass(frozen=True)
 class ModelSettings:
     """Which CLIP, where it is cut (``layer``, sec. 3.1), which layers it is compared with (A.2), and which prompt
-    ensemble classifies (sec. 4.1)."""
+    ensemble classifies (sec. 4.1). ``get``: the command that gets the weights."""
 
     name: str
+    get: str
     layer: int
     other_layers: tuple[int, ...]
     templates: str
@@ -28,11 +29,17 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where images come from and how many are used; ``batch_images`` is for passes that do not train."""
+    """Where images come from and how many are used; ``batch_images`` is for passes that do not train.
+
+    ``image_size``: pixels a side that images in files are cropped to, as the model takes them. ``get``: the command
+    that gets them.
+    """
 
     source: str
+    get: str
     task: str
     transfer: tuple[str, ...]
+    image_size: int
     train_images: int
     test_images: int
     batch_images: int
@@ -74,6 +81,7 @@ class AdaptationSettings:
 
     ``tasks``: adapted to, one by one. ``shots``: training images per base class. ``n_prompts`` tokens enter each of
     the first ``depth`` blocks of both towers (MaPLe). ``augment``: random crops and mirror images in training.
+    ``images``: training images per task that statistics and readouts are taken of.
     """
 
     tasks: tuple[str, ...]
@@ -82,15 +90,21 @@ class AdaptationSettings:
     n_prompts: int
     depth: int
     augment: bool
+    images: int
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """How one method of adaptation is trained."""
+    """How one method of adaptation is trained: ``epochs``, or as many as ``least_steps`` steps take if that is more."""
 
     learning_rate: float
     epochs: int
+    least_steps: int
     batch_images: int
+
+    def epochs_of(self, images: int) -> int:
+        """Epochs over so many images; the last, smaller batch of each is dropped."""
+        return max(self.epochs, -(-self.least_steps // max(1, images // self.batch_images)))
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class Profile:
     coop: MethodSettings
     lora: MethodSettings
     fine_tuning: MethodSettings
+    expectations: tuple[tuple[str, float], ...]
 
     @property
     def data_dir(self) -> Path:
@@ -124,6 +139,10 @@ class Profile:
     def figures_dir(self) -> Path:
         """Where figures go; ``PATCHSAE_FIGURES`` moves it, so that tests leave the committed ones alone."""
         return Path(os.environ.get("PATCHSAE_FIGURES", ROOT / "figures")) / self.name
+
+    def expected(self, name: str, otherwise: float) -> float:
+        """The bound that [expected] in the profile names for a check, or one that always holds."""
+        return dict(self.expectations).get(name, otherwise)
 
     def with_sae(self, **changes) -> "Profile":
         """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``."""
@@ -175,12 +194,20 @@ def load_profile(name: str | None = None) -> Profile:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not valid TOML ({error}); mend that line.") from error
     sections = {f.name: f.type for f in dataclasses.fields(Profile) if dataclasses.is_dataclass(f.type)}
+    table["expectations"] = _bounds(table.pop("expected", {}), path.name)
     filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
     profile = _fill(Profile, table | filled, path.name)
     _choose(path.name, "tokens", profile.sae.tokens, "all", "cls")
     _choose(path.name, "templates", profile.model.templates, "own", "imagenet_ensemble_7", "imagenet_ensemble_80")
-    _choose(path.name, "source", profile.data.source, "scenes", "folders")
+    _choose(path.name, "source", profile.data.source, "scenes", "folders", "benchmarks")
     return profile
+
+
+def _bounds(table, where: str) -> tuple[tuple[str, float], ...]:
+    """Name and number of each line of [expected], which a profile may leave out."""
+    if not isinstance(table, dict) or not all(isinstance(v, (int, float)) for v in table.values()):
+        raise ValueError(f"[expected] in {where} must hold numbers alone, one a line.")
+    return tuple(sorted(table.items()))
 
 
 def start(name: str | None = None) -> Profile:

@@ -1,40 +1,19 @@
 """One small interface for every source of images: ``len(ds)``, ``ds[i] -> Item``, ``ds.class_names``."""
 
 import functools
-import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 
+from patchsae.benchmarks import TABLE, open_benchmark
 from patchsae.config import Profile
+from patchsae.images import FileDataset, Item, content_id, hash_of, images_in, in_turn
 from patchsae.scenes import WORLD, Scene, class_names, draw_scene
 
 TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 #: Scenes of different splits never share a seed. Seed 2 drew the pre-training of the mini CLIP.
 SPLIT_SEEDS = {"train": 0, "test": 1}
-
-
-class Item(NamedTuple):
-    """One image: uint8 ``[H, W, 3]`` or preprocessed float ``[3, H, W]``, its label and its content id."""
-
-    image: np.ndarray | torch.Tensor
-    label: int
-    id: str
-
-
-def content_id(image: np.ndarray | torch.Tensor) -> str:
-    """Hash of an image's shape and bytes: 16 hexadecimal digits."""
-    array = np.ascontiguousarray(image)
-    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
-
-
-def _hash(content: list) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class ArrayDataset:
@@ -70,7 +49,7 @@ class ArrayDataset:
     def fingerprint(self) -> str:
         """Hash of what the data set holds."""
         contents, ids = [content_id(image) for image in self.pixels], list(map(str, self._ids or []))
-        return _hash([contents, ids, self.labels.tolist(), self.class_names])
+        return hash_of([contents, ids, self.labels.tolist(), self.class_names])
 
 
 class SceneDataset:
@@ -99,41 +78,20 @@ class SceneDataset:
     def fingerprint(self) -> str:
         """Hash of what the data set holds: scenes follow from their names and the drawing code."""
         drawing = [Path(__file__).with_name(name).read_text() for name in ("scenes.py", "scenes.toml")]
-        return _hash([self.task, self.split, self.n, *drawing])
+        return hash_of([self.task, self.split, self.n, *drawing])
 
 
-class FolderDataset:
+class FolderDataset(FileDataset):
     """Images in one folder per class: ``<root>/<class name>/<image>``, at most ``n`` of them, classes in turn."""
 
-    def __init__(self, root: Path, n: int | None = None):
-        self.root = Path(root)
-        seen = [p for p in self.root.iterdir() if p.name[0] != "."] if self.root.is_dir() else []
+    def __init__(self, root: Path, n: int | None = None, size: int | None = None):
+        root = Path(root)
+        seen = [p for p in root.iterdir() if p.name[0] != "."] if root.is_dir() else []
         folders = sorted(p for p in seen if p.is_dir())
-        self.class_names = tuple(p.name.replace("_", " ") for p in folders)
-        by_class = [sorted(f for f in p.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] != ".")
-                    for p in folders]
-        in_turn = sorted((rank, label, f) for label, files in enumerate(by_class) for rank, f in enumerate(files))
-        self.files = [(f, label) for _, label, f in in_turn][:n]
-        self.labels = np.array([label for _, label in self.files], dtype=np.int64)
-        if not self.files:
-            raise FileNotFoundError(f"There are no images in {self.root}; put them in one folder per class there.")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Item:
-        path, label = self.files[i]
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Cannot read the image {path} ({error}); replace or remove it.") from error
-        return Item(pixels, label, content_id(pixels))
-
-    def fingerprint(self) -> str:
-        """Hash of the names, sizes and times of the files."""
-        stats = [(f.relative_to(self.root), f.stat()) for f, _ in self.files]
-        return _hash([[str(name), stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        files = [(f, label) for label, folder in enumerate(folders) for f in images_in(folder)]
+        if not files:
+            raise FileNotFoundError(f"There are no images in {root}; put them in one folder per class there.")
+        super().__init__(root, in_turn(files, n), tuple(p.name.replace("_", " ") for p in folders), size)
 
 
 class Subset:
@@ -147,6 +105,8 @@ class Subset:
         new = {c: i for i, c in enumerate(classes)}
         self.rows = np.array([r for r in (range(len(ds)) if rows is None else rows) if int(ds.labels[r]) in new], int)
         self.labels = np.array([new[int(ds.labels[r])] for r in self.rows], dtype=np.int64)
+        if hasattr(ds, "unreadable"):
+            self.unreadable = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,16 +116,23 @@ class Subset:
 
     def fingerprint(self) -> str:
         """Hash of what the data set holds."""
-        return _hash([self.ds.fingerprint(), self.rows.tolist(), self.labels.tolist(), self.class_names])
+        return hash_of([self.ds.fingerprint(), self.rows.tolist(), self.labels.tolist(), self.class_names])
 
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(profile: Profile, task: str, split: str):
-    """The images of a task: drawn scenes, or ``data/<profile>/images/<task>/<split>/`` as the profile says."""
+    """The images of a task, as the profile says.
+
+    "scenes" are drawn; "folders" are ``data/<profile>/images/<task>/<split>/<class name>/``; "benchmarks" are rows of
+    ``datasets.toml`` in the folders of CoOp, ``data/<profile>/images/<folder>/``, or on the Hugging Face hub.
+    """
     n = profile.data.train_images if split == "train" else profile.data.test_images
     if profile.data.source == "scenes":
         return SceneDataset(task, split, n)
-    return FolderDataset(profile.data_dir / "images" / task / split, n)
+    root, size = profile.data_dir / "images", profile.data.image_size
+    if profile.data.source == "folders":
+        return FolderDataset(root / task / split, n, size)
+    return open_benchmark(root, task, split, n, size)
 
 
 def templates(profile: Profile, task: str) -> list[str]:
@@ -178,5 +145,6 @@ def templates(profile: Profile, task: str) -> list[str]:
 
 def own_template(task: str) -> str:
     """The wording of a task's classes in zero-shot classification (CoOp's, for its data sets)."""
-    own = TEMPLATES["dataset_templates"] | {name: t["template"] for name, t in WORLD["tasks"].items()}
+    own = {name: t["template"] for name, t in WORLD["tasks"].items()}
+    own |= {name: TEMPLATES["dataset_templates"].get(row["title"], TEMPLATES["maple"]) for name, row in TABLE.items()}
     return own.get(task, TEMPLATES["maple"])

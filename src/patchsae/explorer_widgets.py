@@ -197,8 +197,8 @@ class ExplorerWidget(anywidget.AnyWidget):
         """The strongest latents of a region in a line."""
         state = State(self.dataset, self.image, tuple(region))
         top, left, bottom, right = (n + 1 for n in region)
-        one = (top, left) == (bottom, right)
-        where = f"Row {top}, column {left}" if one else f"Rows {top}-{bottom}, columns {left}-{right}"
+        spans = (("row", top, bottom), ("column", left, right))
+        where = ", ".join(f"{name} {a}" if a == b else f"{name}s {a}-{b}" for name, a, b in spans).capitalize()
         latents = [f"{s} {self.explorer.names[s]}" for s in self.explorer.listed(state)["latent"][:3]]
         return f"{where}: {', '.join(latents) or 'no latent is active'}."
 

@@ -35,9 +35,9 @@ def masking_curves(table: pd.DataFrame, chance: float | None = None) -> Figure:
     for panel, (mode, title) in zip(axes, MODES.items()):
         rows = table[table["mode"] == mode]
         for selection in [s for s in LOOKS if s in set(rows["selection"])]:
-            _line(panel, rows[rows["selection"] == selection], "accuracy", *LOOKS[selection])
+            line(panel, rows[rows["selection"] == selection], "accuracy", *LOOKS[selection])
         _levels(panel, table, chance)
-        _k_axis(panel, rows["k"])
+        k_axis(panel, rows["k"])
         panel.set_title(title)
     axes[0].set(ylabel="zero-shot accuracy", ylim=(0, None))
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -55,10 +55,10 @@ def masking_differences(tables: Mapping[str, pd.DataFrame]) -> Figure:
     for control, table in filled(tables, "controls").items():
         need(table, "difference", "mode", "k", "difference", "low", "high")
         for panel, mode in zip(axes, MODES):
-            _line(panel, table[table["mode"] == mode], "difference", *LOOKS[control])
+            line(panel, table[table["mode"] == mode], "difference", *LOOKS[control])
     for panel, (mode, title) in zip(axes, MODES.items()):
         panel.axhline(0, color=INK, lw=0.6)
-        _k_axis(panel, table[table["mode"] == mode]["k"])
+        k_axis(panel, table[table["mode"] == mode]["k"])
         panel.set_title(title)
     axes[0].set_ylabel("class-level minus control")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -108,7 +108,7 @@ def _prediction_map(panel: Axes, rows: pd.DataFrame, class_names: Sequence[str],
     return shown
 
 
-def _line(panel: Axes, rows: pd.DataFrame, column: str, label: str, colour: str, marker: str, line) -> None:
+def line(panel: Axes, rows: pd.DataFrame, column: str, label: str, colour: str, marker: str, line) -> None:
     """Values against k, evenly spaced, with a band from low to high."""
     rows = rows.sort_values("k")
     at = range(len(rows))
@@ -126,7 +126,7 @@ def _levels(panel: Axes, table: pd.DataFrame, chance: float | None) -> None:
         panel.axhline(chance, color=GREY, lw=0.7, zorder=1, ls=(0, (1, 2)), label="chance")
 
 
-def _k_axis(panel: Axes, ks: pd.Series) -> None:
+def k_axis(panel: Axes, ks: pd.Series) -> None:
     labels = _k_labels(sorted(set(ks)))
     panel.set_xticks(range(len(labels)), labels)
     panel.set_xlabel("k")

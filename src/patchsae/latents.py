@@ -32,6 +32,7 @@ class LatentStatistics:
     image-level activations of the strongest images, strongest first, ties by lowest position; "" , -1, -1 and 0
     where there are fewer than k.
     ``class_counts [C,S]``: tokens above ``tau``, summed over the images of each class (eq. 5).
+    ``n_images``: images that were read; ``n_unreadable``: images that could not be, and are in nothing of this.
     ``sae_hash``: fingerprint of the autoencoder.
     """
 
@@ -47,6 +48,7 @@ class LatentStatistics:
     n_images: int
     tau: float
     sae_hash: str
+    n_unreadable: int = 0
 
     def table(self) -> pd.DataFrame:
         """One row a latent: latent, frequency, mean_activation, label_entropy, label_std."""
@@ -76,7 +78,7 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
     tower's prompt tokens as if they were patches, as the published code does.
     """
     running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
-    ids, labels = [], []
+    ids, labels, rows = [], [], []
     with torch.no_grad():
         for batch in token_batches(clip, ds, layer, batch_images, title):
             # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
@@ -84,7 +86,9 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
             running.add(sae.encode(z), batch.labels.to(clip.device))
             ids += batch.ids
             labels.append(batch.labels)
-    return running.finish(np.array(ids, dtype=object), torch.cat(labels), sae.fingerprint())
+            rows.append(torch.from_numpy(batch.rows))
+    return running.finish(np.array(ids, dtype=object), torch.cat(labels), torch.cat(rows), sae.fingerprint(),
+                          len(getattr(ds, "unreadable", ())))
 
 
 def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2,
@@ -131,8 +135,9 @@ class _Running:
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :self.values.shape[1]]
         self.values[changed], self.rows[changed] = values.gather(1, order), rows.gather(1, order)
 
-    def finish(self, ids: np.ndarray, labels: torch.Tensor, sae_hash: str) -> LatentStatistics:
-        """Divide, and look up what is known of the reference images."""
+    def finish(self, ids: np.ndarray, labels: torch.Tensor, positions: torch.Tensor, sae_hash: str,
+               n_unreadable: int) -> LatentStatistics:
+        """Divide, and look up what is known of the reference images; ``positions``: of what was read."""
         rows, values = self.rows.cpu(), self.values.cpu()
         found = rows >= 0
         reference_labels = torch.where(found, labels[rows.clamp_min(0)], -1)
@@ -145,8 +150,9 @@ class _Running:
             label_entropy=torch.where(enough, entropy, nothing),
             label_std=torch.where(enough, _masked_std(reference_labels.double(), found).float(), nothing),
             reference_ids=np.where(found.numpy(), ids[rows.clamp_min(0).numpy()], ""),
-            reference_rows=rows, reference_labels=reference_labels, reference_values=values,
-            class_counts=self.class_counts.cpu(), n_images=self.n_images, tau=self.tau, sae_hash=sae_hash)
+            reference_rows=torch.where(found, positions[rows.clamp_min(0)], -1),
+            reference_labels=reference_labels, reference_values=values, class_counts=self.class_counts.cpu(),
+            n_images=self.n_images, tau=self.tau, sae_hash=sae_hash, n_unreadable=n_unreadable)
 
 
 def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int, chunk: int = 4096) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
 from patchsae.clip import Clip
 from patchsae.foreign import read_foreign
-from patchsae.openai_format import clip_model, to_transformers
+from patchsae.openai import clip_model, renamed
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
@@ -151,6 +151,10 @@ class MaPLe(Clip):
         own = {} if self.prompts is None else self.prompts.state_dict()
         return tensor_hash(self.model.state_dict() | {f"prompts.{k}": v for k, v in own.items()})
 
+    def without_prompts(self) -> "MaPLe":
+        """The same towers with the prompts switched off: the plain CLIP, by the same code."""
+        return MaPLe(self, None, self.token_ids)
+
     def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
         """The same prompts with the names of other classes."""
         return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names)))
@@ -258,13 +262,13 @@ def _official_clip(frozen: dict, token_embedding) -> Clip:
     if token_embedding is None:
         raise ValueError("MaPLe's checkpoint has no token embedding; give CLIP's as token_embedding, or a whole clip.")
     table = getattr(token_embedding, "weight", token_embedding)
-    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}))
+    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}, "The checkpoint"))
 
 
 def _checked_clip(clip: Clip, frozen: dict) -> Clip:
     """The given CLIP, after a look whether the checkpoint was trained on it: equal but for half precision."""
     own = clip.model.state_dict()
-    for name, value in to_transformers(frozen).items():
+    for name, value in renamed(frozen).items():
         close = name in own and own[name].shape == value.shape and torch.allclose(
             own[name].cpu(), value.cpu(), rtol=2**-10, atol=1e-6)
         if not close:

@@ -1,15 +1,18 @@
 """The sparse autoencoder, its loss and its metrics (sec. 3.1, eq. 1-2)."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
+from patchsae.checkpoints import tensor_hash
+from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, write_folder
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     """A sparse autoencoder of residual-stream tokens (eq. 1).
 
         h     = relu((z - b_dec) W_enc + b_enc)
@@ -61,27 +64,28 @@ class SparseAutoencoder(nn.Module):
         """Hash of all weights; statistics carry it."""
         return tensor_hash(self.state_dict())
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and then ``sae.safetensors``, which makes the pair complete, to a folder."""
-        save_json(Path(folder) / "config.json", {"d_model": self.d_model, "n_latents": self.n_latents})
-        save_tensors(Path(folder) / "sae.safetensors", self.state_dict())
+    def save_pretrained(self, folder: str | Path, **push) -> None:
+        """Write ``config.json`` and then ``sae.safetensors``, which makes the pair complete, to a folder.
+
+        ``push_to_hub("user/name")`` comes here with arguments of its own, and wants a model card beside the two.
+        """
+        write_folder(folder, self.state_dict())
+        if push:
+            self.generate_model_card().save(Path(folder) / "README.md")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SparseAutoencoder":
-        """Read a folder written by ``save_pretrained``, or a repository of the hub that holds these two files."""
-        folder = Path(folder)
-        if not folder.is_dir():
-            folder = _from_hub(str(folder))
-        config = load_json(folder / "config.json", "d_model", "n_latents")
-        tensors = load_tensors(folder / "sae.safetensors", device)
-        sae = cls(config["d_model"], config["n_latents"]).to(device)
-        wanted = {name: tuple(p.shape) for name, p in sae.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        if wanted != found:
-            raise ValueError(f"{folder} holds {found}, but its config.json says {wanted}; fetch or train it again.")
-        if bad := [name for name, t in tensors.items() if not t.isfinite().all()]:
-            raise ValueError(f"{folder} has values that are not finite in {bad[0]}; fetch or train it again.")
+    def from_pretrained(cls, path: str | Path, device: str = "cpu", revision: str | None = None) -> "SparseAutoencoder":
+        """Read an autoencoder in our own or another's format (see ``formats``): a local path or a name on the hub.
+
+        What was found in the file stands in ``sae.report``.
+        """
+        tensors, report = read_sae(path if Path(path).exists() else _from_hub(str(path), revision), device)
+        sae = cls(*tensors["W_enc"].shape).to(device)
         sae.load_state_dict(tensors)
+        sae.report = report
+        if not report["verified"] and report["format"] != OWN_FORMAT:
+            warnings.warn(f"{path} is unverified, since no hash of it is known; its sha256 is {report['sha256']}.",
+                          stacklevel=2)
         return sae
 
 
@@ -90,15 +94,16 @@ def _kaiming(rows: int, columns: int, generator) -> torch.Tensor:
     return nn.init.kaiming_uniform_(torch.empty(rows, columns), generator=generator)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "sae.safetensors"]))
+        wanted = [f"*{ending}" for ending in (".json", *WEIGHT_ENDINGS)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"There is no autoencoder at {name}: no such folder, and the hub does not give it; "
-                                "train one in notebook 01.") from error
+        raise FileNotFoundError(f"There is no autoencoder at {name}: no such file or folder, and the hub does not give "
+                                "it; train one in notebook 01.") from error
 
 
 class Losses(NamedTuple):

@@ -19,12 +19,14 @@ from patchsae.train import committed_folder, new_sae, run_folder, run_key, train
 #: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
 CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
            "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
-           "class token only": {"tokens": "cls"}}
+           "b_dec geometric median": {"b_dec": "geometric_median"}, "class token only": {"tokens": "cls"}}
 #: These are factors on the profile's value, the others values.
 FACTORS = ("l1", "expansion")
 #: Autoencoders that other notebooks look into.
 KEPT = ("default", "layer", "class token")
 SEEDS = 3
+#: Of the log of an autoencoder that is kept, every tenth step is.
+LOG_EVERY = 10
 
 
 def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
@@ -44,11 +46,16 @@ def table_path(profile: Profile) -> Path:
     return profile.data_dir / "table2.csv"
 
 
-def table2(profile: Profile) -> pd.DataFrame:
-    """The committed table: configuration, seed, key and what ``fidelity.measure`` gives."""
-    if not table_path(profile).is_file():
-        raise FileNotFoundError(f"There is no {table_path(profile)}; run make mini-artifacts, which trains its rows.")
-    return pd.read_csv(table_path(profile))
+def table2(profile: Profile, quality: pd.DataFrame) -> pd.DataFrame:
+    """The profile's sweep: configuration, seed, key and what ``fidelity.measure`` gives.
+
+    Where the profile has none (``make mini-artifacts`` makes one), ``quality`` stands in for it: a column of
+    measurements for "trained" and one for "random".
+    """
+    if table_path(profile).is_file():
+        return pd.read_csv(table_path(profile))
+    rows = quality.T.rename({"trained": "default"}).rename_axis("configuration").reset_index()
+    return rows.assign(seed=profile.seed, key="")
 
 
 def committed_row(profile: Profile, clip: Clip) -> pd.Series | None:
@@ -95,7 +102,9 @@ def _sae(name: str, profile: Profile, clip: Clip):
         return new_sae(profile, clip, train)
     sae, _ = train_sae(profile, clip, train, run_folder(profile, clip))
     if name.startswith(KEPT):
-        shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
+        folder = shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
+        log = pd.read_csv(folder / "log.csv")[LOG_EVERY - 1::LOG_EVERY]
+        write_atomically(folder / "log.csv", lambda path: log.to_csv(path, index=False))
     return sae
 
 

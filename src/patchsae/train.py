@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -97,7 +98,7 @@ def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
     """An untrained autoencoder of the profile's width, b_dec set from the first eight batches."""
     generator = torch.Generator().manual_seed(profile.seed)
     sae = SparseAutoencoder(clip.width, round(profile.sae.expansion * clip.width), generator)
-    first = torch.cat([_tokens(profile, clip, ds, step) for step in range(8)])
+    first = torch.cat(list(_tokens(profile, clip, ds, range(8))))
     sae.b_dec.data = initial_b_dec(first, profile.sae.b_dec)
     return sae.to(clip.device)
 
@@ -113,8 +114,7 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
     log = _read_log(folder, training.steps_done)
     bar = tqdm(total=profile.sae.steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1)
     with bar:
-        while training.steps_done < profile.sae.steps:
-            z = _tokens(profile, clip, ds, training.steps_done)
+        for z in _tokens(profile, clip, ds, range(training.steps_done, profile.sae.steps)):
             log.append(_log_row(training, z, training.step(z)))
             bar.update()
             now = dict(zip(LOG_COLUMNS, log[-1]))
@@ -145,7 +145,7 @@ def committed_folder(profile: Profile, clip: Clip) -> Path:
 
 
 def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
-    """The log of the committed training of exactly these settings, or None."""
+    """The log of the committed training of exactly these settings, every tenth step of it, or None."""
     path = committed_folder(profile, clip) / "log.csv"
     return pd.read_csv(path) if path.is_file() else None
 
@@ -158,11 +158,11 @@ def trained_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
     return train_sae(profile, clip, ds, folder)[0]
 
 
-def _tokens(profile: Profile, clip: Clip, ds, step: int) -> torch.Tensor:
-    """Tokens of one training step: whole images ``[B,T,D]``, or their class tokens ``[B,1,D]``."""
-    rows = training_rows(len(ds), step, profile.sae.batch_images, profile.seed)
-    z = training_tokens(clip, ds, profile.model.layer)[rows]
-    return z[:, :1] if profile.sae.tokens == "cls" else z
+def _tokens(profile: Profile, clip: Clip, ds, steps: range) -> Iterator[torch.Tensor]:
+    """Tokens of each training step: whole images ``[B,T,D]``, or their class tokens ``[B,1,D]``."""
+    rows = [training_rows(len(ds), step, profile.sae.batch_images, profile.seed) for step in steps]
+    for z in training_tokens(clip, ds, profile.model.layer).batches(rows):
+        yield z[:, :1] if profile.sae.tokens == "cls" else z
 
 
 def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str) -> Training:
