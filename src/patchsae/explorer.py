@@ -304,10 +304,15 @@ def open_explorer(profile: Profile) -> Explorer:
     sae = trained_sae(profile, clip, train)
     stats = saved_latents(profile.run_dir, clip, sae, train, profile.model.layer, profile.latents.tau,
                           profile.latents.n_reference, profile.data.batch_images)
-    tasks = (profile.data.task, *profile.data.transfer)
-    datasets = {f"{task}/test": open_dataset(profile, task, "test") for task in tasks}
-    prompts = {f"{task}/test": templates(profile, task) for task in tasks}
-    adapted = {f"{task}/test": model for task in tasks if (model := _adapted(profile, clip, task))}
+    datasets, prompts, adapted = {}, {}, {}
+    for task in (profile.data.task, *profile.data.transfer):
+        name = f"{task}/test"
+        try:
+            datasets[name], prompts[name] = open_dataset(profile, task, "test"), templates(profile, task)
+            adapted |= {name: model} if (model := _adapted(profile, clip, task)) else {}
+        except FileNotFoundError:  # images of other tasks are there to choose from if they are there
+            if task == profile.data.task:
+                raise
     return Explorer(clip, sae, stats, train, profile.model.layer, datasets, prompts, adapted)
 
 

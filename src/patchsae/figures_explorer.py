@@ -34,7 +34,7 @@ SCATTER = (5.0, 3.5, 0.5, 0.06, 3.85, 2.98)
 def explorer_sheet(explorer: Explorer, state: State, latents: int = 6, references: int = 6) -> Figure:
     """What the explorer shows: the image, its latents with their maps and reference images, the probabilities."""
     view, listed = explorer.view(state.dataset, state.image), explorer.listed(state)[:latents]
-    size, left, start = 0.52, 1.95, 2.82
+    size, left, start = 0.52, 1.86, 2.7
     figure = new_figure(PAGE, 0.3 + max(6, len(listed)) * (size + 0.07), layout=None)
     write(figure, 0.02, 0.04, f"{state.dataset} {state.image}", weight="bold")
     shown = masked_image(view.image, explorer.heat(state), state.threshold) if state.mask else view.image
@@ -45,7 +45,7 @@ def explorer_sheet(explorer: Explorer, state: State, latents: int = 6, reference
     for row, (latent, value) in enumerate(listed.itertuples(index=False)):
         top = 0.22 + row * (size + 0.07)
         colour = RED if latent == state.latent else INK
-        write(figure, left, top + 0.03, f"{latent}  {value:.4g}", weight="bold", color=colour)
+        write(figure, left, top + 0.03, f"{latent}  {value:.3g}", weight="bold", color=colour)
         paragraph(figure, left, top + 0.16, explorer.names[latent].replace(" (", ", ("))
         heat = explorer.heat(replace(state, latent=latent))
         heat_map(picture(figure, start, top, size, view.image), heat)
@@ -72,7 +72,7 @@ def _frame_region(axes, image: np.ndarray, region, grid: int) -> None:
 def _probability_bars(figure: Figure, table: pd.DataFrame, edited: bool) -> None:
     """The likeliest classes, before in grey and, where latents were changed, after in blue."""
     best = table.loc[table[["before", "after"]].max(axis=1).sort_values(ascending=False, kind="stable").index[:5]]
-    axes = place(figure, 0.62, 2.2, 1.0, 1.3)
+    axes = place(figure, 0.74, 2.2, 0.88, 1.3)
     places = np.arange(len(best))
     axes.barh(places - 0.2 * edited, best["before"], 0.36, color="#767676")
     if edited:
