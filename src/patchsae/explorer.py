@@ -89,8 +89,8 @@ class Explorer:
         """Where the explorer starts: the first image, the patch on which its label's own latent is strongest."""
         name = next(iter(self.datasets))
         view = self.view(name, 0)
-        counts = self.stats.class_counts.double()
-        own = counts[view.label] - counts.mean(0) if view.label < len(counts) else view.h.mean(0).cpu()
+        counts = self.stats.class_counts
+        own = counts[view.label] - counts.sum(0) / len(counts) if view.label < len(counts) else view.h.mean(0).cpu()
         latent = int(own.argmax())
         row, column = divmod(int(view.h[1:self.clip.n_tokens, latent].argmax()), self.clip.grid)
         place = np.nan_to_num(self.places[latent]).astype(int).tolist()
@@ -241,10 +241,11 @@ class Explorer:
 
         z' = z + sum over s of (factor_s - 1) h_s W_dec[s]; without factors it is z bit for bit.
         """
-        for latent, factor in factors:
-            change = (factor - 1) * h[:, latent, None] * self.sae.W_dec[latent]
-            z = torch.cat([z[:, :len(h)] + change, z[:, len(h):]], 1)
-        return z
+        if not factors:
+            return z
+        latents = [latent for latent, _ in factors]
+        less = torch.tensor([factor for _, factor in factors], device=h.device) - 1
+        return torch.cat([z[:, :len(h)] + (less * h[:, latents]) @ self.sae.W_dec[latents], z[:, len(h):]], 1)
 
     @torch.no_grad()
     def probabilities(self, state: State) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def latent_names(concepts: list[str], counts: np.ndarray, found: np.ndarray) -> 
     ``counts [S,C]``; ``found [S]``: how many reference images there are. Where no concept is in half of them the
     latent is "mixed".
     """
-    share = counts / np.maximum(found, 1)[:, None]
+    share = counts / np.maximum(found, 1, dtype=np.float32)[:, None]
     beyond = np.where(share >= NAMED, share - counts.sum(0) / max(1, found.sum()), -1)
     best = beyond.argmax(1)
     return ["never fires" if n == 0 else concepts[c] if beyond[s, c] >= 0 else "mixed"
