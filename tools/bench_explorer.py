@@ -58,12 +58,16 @@ def main() -> None:
     explorer = Explorer(clip, sae, stats, train, layer, datasets, {f"{t}/test": templates(profile, t) for t in tasks})
     widget, times = ExplorerWidget(explorer), {}
     for name, value in steps(widget):
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         setattr(widget, name, value)
-        times.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
+        taken = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        times.setdefault(name, []).append([1000 * seconds for seconds in taken])
     for name, found in times.items():
-        print(f"BENCH explorer-{name} {max(found):.0f} ms")
-    print(f"BENCH explorer-slowest {max(map(max, times.values())):.0f} ms")
+        print(f"BENCH explorer-{name} {max(found)[0]:.0f} ms")
+    # Where other work shares the processors, the second says what this work takes.
+    for kind, column in (("slowest", 0), ("slowest-processor-time", 1)):
+        print(f"BENCH explorer-{kind} {max(taken[column] for found in times.values() for taken in found):.0f} ms",
+              flush=True)
     with tempfile.TemporaryDirectory() as folder:
         begin, target = time.perf_counter(), Path(folder) / "dashboard"
         write_dashboard(explorer, target, "made-up weights", chosen_latents(explorer))
