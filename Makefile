@@ -85,3 +85,13 @@ clean:  ## remove build/ (the environment and everything committed stay)
 .PHONY: bench-ablation
 bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
 	"$(PYTHON)" tools/bench_ablation.py
+
+.PHONY: app dashboard bench-explorer
+app: | env  ## serve the explorer at http://127.0.0.1:8866 (APP_PORT=, APP_HOST= change that)
+	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" tools/serve_app.py
+
+dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATENTS=0-99,512 for some)
+	"$(PYTHON)" -m patchsae.dashboard --latents "$(LATENTS)"
+
+bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
+	"$(PYTHON)" tools/bench_explorer.py
