@@ -30,7 +30,7 @@ def _some(split: Split, seed: int) -> torch.Tensor:
 
 
 def neurons(split: Split) -> Directions:
-    """The D coordinates of the residual stream, high and low: 2D candidates. Of hidden neurons too, if z holds those."""
+    """The D coordinates of the residual stream, high and low: 2D candidates; or of what else the split holds as z."""
     mean = split.patches.mean(0)
     return _both_ways(mean, torch.eye(len(mean)))
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
+from patchsae.activations import load_pixels
 from patchsae.clip import Clip
 from patchsae.latents import LatentStatistics
 from patchsae.masks import PatchTruth, average_precision
@@ -21,15 +22,16 @@ def monosemanticity(activations: torch.Tensor, embeddings: torch.Tensor, chunk: 
 
         MS = sum_{n<m} a_n a_m cos(e_n, e_m) / sum_{n<m} a_n a_m          a less its minimum over the items
 
-    With unit embeddings the sums over pairs are ||sum a_n e_n||^2 - sum a_n^2 ||e_n||^2 and (sum a_n)^2 - sum a_n^2. 1: the
-    items that activate a latent look alike to the judge; a constant latent gets the mean cosine of all pairs. NaN
-    where fewer than two items activate it; an item whose embedding is zero is like no other.
+    With unit embeddings the sums over pairs are ||sum a_n e_n||^2 - sum a_n^2 ||e_n||^2 and (sum a_n)^2 - sum a_n^2.
+    1: the items that activate a latent look alike to the judge; a constant latent gets the mean cosine of all pairs,
+    which is chance. NaN where a single item activates it; an embedding of zero is like no other.
     """
     e = F.normalize(embeddings.double(), dim=1)
     length, scores = e.square().sum(1), []
     for part in torch.arange(activations.shape[1]).split(chunk):
         a = activations[:, part].double()
         a -= a.amin(0)
+        a += (a == 0).all(0)  # a constant latent weighs every pair the same
         square = a.square()
         alike = (a.T @ e).square().sum(1) - square.T @ length
         pairs = a.sum(0).square() - square.sum(0)
@@ -50,7 +52,9 @@ def image_attributes(split: Split) -> torch.Tensor:
 def morans_i(heat: torch.Tensor) -> torch.Tensor:
     """Spatial coherence of maps: ``[...,g,g] -> [...]``, NaN for a map without differences.
 
-        I = (n / W) sum_{ij} w_ij (x_i - mean)(x_j - mean) / sum_i (x_i - mean)^2          w_ij = 1 for patches with a common side
+        I = (n / W) sum_{ij} w_ij (x_i - mean)(x_j - mean) / sum_i (x_i - mean)^2
+
+    w_ij is 1 for patches with a common side and 0 for others, W its sum.
 
     1 towards smooth, -1 for a checkerboard, -1 / (n - 1) on average for the same values in random order.
     """
@@ -123,10 +127,10 @@ def absorption(directions: Directions, scores: np.ndarray, split: Split, groups:
 
 
 def splitting(directions: Directions, scores: np.ndarray, train: Split, test: Split, gain: float = 0.02,
-              most: int = 8) -> pd.DataFrame:
+              most: int = 5) -> pd.DataFrame:
     """Over how many latents a concept is split: latents are added while that helps on training scenes.
 
-    Starting with the best, the latent (of the ``most`` best by ``scores [S,C]``) is added whose sum with the chosen ones
+    Starting with the best, that latent of the ``most`` best by ``scores [S,C]`` is added whose sum with the chosen ones
     has the largest average precision, as long as that grows by ``gain``. Columns kind, concept, latents (how many), one
     and together (average precision of the first and of the sum on test scenes).
     """
@@ -157,10 +161,14 @@ def _grow(h: np.ndarray, truth: PatchTruth, gain: float) -> list[int]:
 # Names --------------------------------------------------------------------------------------------------
 
 
-def true_names(scores: np.ndarray, concepts: list, bar: float = 0.3) -> list[tuple[str, str] | None]:
-    """The concept of every latent with the largest average precision ``[S,C]``; None below ``bar``: no name."""
-    best = scores.argmax(1)
-    return [concepts[c] if scores[s, c] >= bar else None for s, c in enumerate(best)]
+def true_names(scores: np.ndarray, split: Split, bar: float = 0.3) -> np.ndarray:
+    """The concept of every latent by ground truth: ``[S,C] -> [S]`` columns, -1 where there is no name.
+
+    That of the largest average precision above chance, (precision - chance) / (1 - chance), if it reaches ``bar``.
+    """
+    chance = split.positives.mean(0)
+    above = (scores - chance) / (1 - chance)
+    return np.where(above.max(1) >= bar, above.argmax(1), -1)
 
 
 def prompts(concepts: list) -> list[str]:
@@ -171,28 +179,32 @@ def prompts(concepts: list) -> list[str]:
 
 
 @torch.no_grad()
-def text_names(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, z: torch.Tensor, text: torch.Tensor,
+def text_names(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, ds, latents, text: torch.Tensor,
                layer: int) -> pd.DataFrame:
     """Name latents through the model's own text tower: which text loses most when the latent is removed.
 
-    On each of a latent's reference images the latent is taken out of every token (z - h_s W_dec[s]), the forward pass
-    is finished, and the drop of cosine with every text is noted, less its mean over texts. The name is the text with
-    the largest mean drop; confidence is the share of reference images on which that text has the largest one.
-    ``z [B,T,D]``: tokens of the data set the statistics were taken of; ``text [N,P]``. Columns latent, name (row of
-    ``text``, -1 without reference images), confidence.
+    On each of a latent's reference images (``ds``: what the statistics were taken of) the latent is taken out of every
+    token (z - h_s W_dec[s]), the forward pass is finished, and the drop of cosine with every text ``[N,P]`` is noted,
+    less its mean over texts. The name is the text with the largest mean drop; confidence is the share of reference
+    images on which that text has the largest one. Columns latent, name (a row of ``text``, -1 for a latent without
+    images), confidence.
     """
     rows = []
-    for latent, images in enumerate(stats.reference_rows):
-        own = z[images[images >= 0]]
-        if not len(own):
-            rows.append((latent, -1, 0.0))
-            continue
-        removed = own - sae.encode(own)[..., latent, None] * sae.W_dec[latent]
-        before, after = (F.normalize(clip.above(tokens, layer), dim=-1) @ text.T for tokens in (own, removed))
-        drop = (before - after) - (before - after).mean(1, keepdim=True)
-        name = int(drop.mean(0).argmax())
-        rows.append((latent, name, (drop.argmax(1) == name).float().mean().item()))
+    for latent in latents:
+        images = stats.reference_rows[latent]
+        images = images[images >= 0].numpy()
+        found = _text_name(clip, sae, ds, images, latent, text, layer) if len(images) else (-1, 0.0)
+        rows.append((latent, *found))
     return pd.DataFrame(rows, columns=["latent", "name", "confidence"])
+
+
+def _text_name(clip: Clip, sae: SparseAutoencoder, ds, images, latent: int, text, layer: int) -> tuple[int, float]:
+    z = clip.below(load_pixels(clip, ds, images).pixels, layer)
+    removed = z - sae.encode(z)[..., latent, None] * sae.W_dec[latent]
+    before, after = (F.normalize(clip.above(tokens, layer), dim=-1) @ text.T for tokens in (z, removed))
+    drop = (before - after) - (before - after).mean(1, keepdim=True)
+    name = int(drop.mean(0).argmax())
+    return name, (drop.argmax(1) == name).float().mean().item()
 
 
 # What predicts it ---------------------------------------------------------------------------------------
@@ -208,7 +220,7 @@ def regression(table: pd.DataFrame, target: str, seed: int = 0, n: int = 1000) -
     known = table[(table["frequency"] > 0) & (table["mean_activation"] > 0)].dropna(
         subset=["label_entropy", "label_std", target])
     x = known[["frequency", "mean_activation", "label_entropy", "label_std"]].to_numpy(float)
-    x[:, :2], y = np.log10(x[:, :2]), known[target].to_numpy(float)
+    x, y = np.hstack([np.log10(x[:, :2]), x[:, 2:]]), known[target].to_numpy(float)
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     rng, fit = np.random.default_rng(seed), lambda rows: np.linalg.lstsq(x[rows], y[rows], rcond=None)[0]
     coefficients, samples = fit(slice(None)), np.stack([fit(rng.integers(len(x), size=len(x))) for _ in range(n)])

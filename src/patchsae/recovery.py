@@ -87,9 +87,9 @@ class Split(NamedTuple):
         return self._replace(share=self.share[..., columns], concepts=[self.concepts[c] for c in columns])
 
 
-def read_split(clip: Clip, ds, layer: int, n: int, kinds=tuple(CONCEPTS), batch_images: int = 64) -> Split:
-    """Tokens and ground truth of the first ``n`` scenes of a data set."""
-    rows = range(min(n, len(ds)))
+def read_split(clip: Clip, ds, layer: int, n: int, batch_images: int = 64) -> Split:
+    """Tokens and ground truth, of every kind, of the first ``n`` scenes of a data set."""
+    rows, kinds = range(min(n, len(ds))), tuple(getattr(ds, "concepts", CONCEPTS))
     some = torch.utils.data.Subset(ds, rows)
     z = torch.cat([batch.z[:, :clip.n_tokens].cpu() for batch in token_batches(clip, some, layer, batch_images)])
     return Split(z, patch_coverage(ds, rows, kinds), concept_list(kinds, ds))
@@ -173,8 +173,55 @@ def recover(directions: Directions, train: Split, test: Split, weights: np.ndarr
         threshold = best_threshold(np.ascontiguousarray(fitted[:, c]), train.share[..., c].ravel())
         second = average_precision(alone[:, c], shown)[0] if single[c] >= 0 else np.nan
         rows.append((kind, concept, best[c], average_precision(score, shown)[0],
-                     *np.quantile(samples[-1], (0.025, 0.975)), pixel_overlap(score >= threshold, test.share[..., c].ravel()),
-                     pointing_game(score.reshape(images), shown.reshape(images)), second, found[best[c], c], shown.mean()))
+                     *np.quantile(samples[-1], (0.025, 0.975)),
+                     pixel_overlap(score >= threshold, test.share[..., c].ravel()),
+                     pointing_game(score.reshape(images), shown.reshape(images)), second, found[best[c], c],
+                     shown.mean()))
     columns = ["kind", "concept", "candidate", "auprc", "low", "high", "overlap", "pointing", "one_to_one",
                "train_auprc", "chance"]
     return Recovery(pd.DataFrame(rows, columns=columns), np.stack(samples, 1))
+
+
+def transferred(directions: Directions, home: pd.DataFrame, split: Split, weights: np.ndarray) -> pd.DataFrame:
+    """Fig. 10 as numbers: does the candidate matched to a concept at home still find it on another task?
+
+    ``home``: the table of ``recover``; ``split``: scenes of the other task. Columns kind, concept, candidate, home and
+    there (average precision), low, high (95 %, over scenes) and chance; a row a concept that both have.
+    """
+    matched, rows = home.set_index(["kind", "concept"]), []
+    for c, name in enumerate(split.concepts):
+        shown = split.share[..., c] >= COVERED
+        if name in matched.index and shown.any():
+            candidate = int(matched.loc[name, "candidate"])
+            score = directions.scores(split.z[:, 1:], [candidate]).numpy()[..., 0]
+            low, high = np.nanquantile(bootstrap_precision(score, shown, weights), (0.025, 0.975))
+            there = average_precision(score.ravel(), shown.reshape(-1, 1))[0]
+            rows.append((*name, candidate, matched.loc[name, "auprc"], there, low, high, shown.mean()))
+    return pd.DataFrame(rows, columns=["kind", "concept", "candidate", "home", "there", "low", "high", "chance"])
+
+
+#: What a latent's value on a whole image can be read from: the class token, or its patches.
+READINGS = {"class token": lambda h: h[:, 0], "strongest patch": lambda h: h[:, 1:].amax(1),
+            "mean of patches": lambda h: h[:, 1:].mean(1)}
+
+
+def image_recovery(directions: Directions, train: Split, test: Split) -> pd.DataFrame:
+    """Class token against patch tokens: is a concept anywhere in the image?
+
+    Each reading gives one value an image and candidate; candidates are matched to concepts by average precision over
+    training images and scored on test images. Columns tokens, kind, concept, candidate, auprc, chance.
+    """
+    shown = {name: (split.share >= COVERED).any(1) for name, split in (("train", train), ("test", test))}
+    values = {name: {reading: [] for reading in READINGS} for name in shown}
+    for name, split in (("train", train), ("test", test)):
+        for z in split.z.split(64):
+            h = directions.scores(z)
+            for reading, function in READINGS.items():
+                values[name][reading].append(function(h))
+    rows, truth = [], PatchTruth(shown["train"])
+    for reading in READINGS:
+        fitted, held_out = (torch.cat(values[name][reading]).T.contiguous().numpy() for name in ("train", "test"))
+        best = np.array([truth.average_precision(own) for own in fitted]).argmax(0)
+        rows += [(reading, *concept, best[c], average_precision(held_out[best[c]], shown["test"][:, [c]])[0],
+                  shown["test"][:, c].mean()) for c, concept in enumerate(test.concepts)]
+    return pd.DataFrame(rows, columns=["tokens", "kind", "concept", "candidate", "auprc", "chance"])

@@ -79,7 +79,8 @@ def methods(configuration: str, profile: Profile, clip: Clip) -> dict:
              "shuffled autoencoder": lambda *both: (controls.shuffled_autoencoder(profile, clip, train), *both),
              "linear probe": lambda *both: (controls.probe(both[0]), *both)}
     if configuration != "default":
-        found = {k: v for k, v in found.items() if k == "autoencoder" or "expansion" in configuration and k == "k-means"}
+        kept = ("autoencoder", "k-means") if "expansion" in configuration else ("autoencoder",)
+        found = {k: found[k] for k in kept}
     # Without chance in them, neurons and the probe are the same for every seed.
     once = ("neurons", "hidden neurons", "linear probe")
     return {k: v for k, v in found.items() if k not in once or seed == 0}
