@@ -72,6 +72,7 @@ mini-clip: | env  ## train the small CLIP of data/mini/ again
 mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
 	"$(PYTHON)" -m patchsae.sweep
 	"$(PYTHON)" -m patchsae.adaptation_sweep
+	"$(PYTHON)" -m patchsae.recovery_sweep
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks
@@ -86,3 +87,7 @@ clean:  ## remove build/ (the environment and everything committed stay)
 .PHONY: bench-ablation
 bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
 	"$(PYTHON)" tools/bench_ablation.py
+
+.PHONY: bench-mono
+bench-mono: | env  ## time the monosemanticity score against its quadratic definition (a minute)
+	"$(PYTHON)" tools/bench_monosemanticity.py

@@ -28,6 +28,7 @@ from patchsae.recovery import (
     resamples,
     shared_concepts,
 )
+from patchsae.segmentation import open_masked
 from patchsae.train import run_key, trained_sae
 
 #: Variant -> factor on a setting of [sae], or another value of it; layers are added from the profile.
@@ -54,7 +55,7 @@ def variants(profile: Profile) -> dict[str, Profile]:
 def splits(profile: Profile, clip: Clip) -> list[Split]:
     """The scenes to match on and the scenes to score on, with the concepts that both show."""
     sizes = {"train": min(MATCH_IMAGES, profile.data.train_images), "test": profile.data.test_images}
-    return shared_concepts(*(read_split(clip, open_dataset(profile, profile.data.task, split), profile.model.layer, n)
+    return shared_concepts(*(read_split(clip, open_masked(profile, clip, split), profile.model.layer, n)
                              for split, n in sizes.items()))
 
 
@@ -67,8 +68,8 @@ def methods(configuration: str, profile: Profile, clip: Clip) -> dict:
     width = round(profile.sae.expansion * clip.width)
 
     def hidden(*both: Split):
-        names = [open_dataset(profile, profile.data.task, split) for split in ("train", "test")]
-        both = [controls.hidden_neurons(clip, ds, profile.model.layer, own) for ds, own in zip(names, both)]
+        both = [controls.hidden_neurons(clip, open_masked(profile, clip, split), profile.model.layer, own)
+                for split, own in zip(("train", "test"), both)]
         return controls.neurons(both[0]), *both
 
     found = {"autoencoder": lambda *both: (latent_directions(trained_sae(profile, clip, train)), *both),
