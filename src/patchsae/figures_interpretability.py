@@ -24,7 +24,8 @@ def _rows(panel: Axes, names: list, bold: str = "") -> None:
     panel.spines["left"].set_visible(False)
     if bold in names:
         panel.axhspan(names.index(bold) - 0.5, names.index(bold) + 0.5, color="#e8f1f8", lw=0, zorder=0)
-        panel.get_yticklabels()[names.index(bold)].set_fontweight("bold")
+    for label in panel.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == bold else "normal")
 
 
 def _bars(panel: Axes, rows: pd.DataFrame, column: str, at, colour: str) -> None:
