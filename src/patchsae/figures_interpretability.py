@@ -77,8 +77,9 @@ def concept_dots(table: pd.DataFrame, bar: float, per_row: int = 48) -> Figure:
         panel.tick_params(axis="x", length=0)
         panel.grid(axis="y")
     handles, labels = panel.get_legend_handles_labels()
-    kinds = [panel.scatter([], [], c=colour, s=14) for kind, colour in KIND_LOOKS.items()]
-    figure.legend(handles[1:] + kinds, labels[1:] + list(KIND_LOOKS), loc="outside upper right", ncols=9,
+    kinds = [kind for kind in KIND_LOOKS if kind in set(own["kind"])]
+    dots = [panel.scatter([], [], c=KIND_LOOKS[kind], s=14) for kind in kinds]
+    figure.legend(handles[1:] + dots, labels[1:] + kinds, loc="outside upper right", ncols=9,
                   columnspacing=0.8, handletextpad=0.1)
     return figure
 
@@ -133,7 +134,7 @@ def interpretability_scatter(table: pd.DataFrame, target: str, boxes: Mapping, m
     _bars(axes[2], shown, "coefficient", np.arange(len(shown)), INK)
     axes[2].axvline(0, color=INK, lw=0.6)
     _rows(axes[2], list(shown["term"]))
-    axes[2].set(title="standardised coefficients", xlabel=f"all four: $r^2$ = {terms['alone'].iloc[-1]:.2f}")
+    axes[2].set(title="coefficients", xlabel=f"all four: $r^2$ = {terms['alone'].iloc[-1]:.2f}")
     return figure
 
 
