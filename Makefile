@@ -71,6 +71,7 @@ mini-clip: | env  ## train the small CLIP of data/mini/ again
 mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
 	"$(PYTHON)" -m patchsae.sweep
 	"$(PYTHON)" -m patchsae.adaptation_sweep
+	"$(PYTHON)" -m patchsae.recovery_sweep
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks
@@ -95,3 +96,6 @@ dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATE
 
 bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
 	"$(PYTHON)" tools/bench_explorer.py
+.PHONY: bench-mono
+bench-mono: | env  ## time the monosemanticity score against its quadratic definition (a minute)
+	"$(PYTHON)" tools/bench_monosemanticity.py

@@ -11,12 +11,15 @@ from patchsae.clip import Clip
 from patchsae.datasets import SceneDataset
 from patchsae.masks import (
     average_precision,
+    best_threshold,
     concept_list,
     enlarge,
     heat_maps,
-    latent_concept_scores,
     overlap,
     patch_concepts,
+    patch_coverage,
+    pixel_overlap,
+    pointing_game,
     soft_mask,
 )
 from patchsae.scenes import CONCEPTS, KINDS
@@ -148,23 +151,41 @@ def test_average_precision_by_hand_and_without_order():
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_latent_concept_scores_are_the_average_precision_of_each_pair(chunk):
-    sae, rng = random_sae(WIDTH, 20, bias=-0.5), np.random.default_rng(0)
-    with torch.no_grad():
-        sae.b_enc[4] = -1e3
-    z = torch.from_numpy(rng.normal(size=(60, WIDTH)).astype(np.float32))
-    positives = rng.random((60, 5)) < 0.3
-    positives[:, 2] = False
-    found = np.asarray(latent_concept_scores(z, sae, positives, chunk=chunk))
-    assert found.shape == (20, 5)
-    with torch.no_grad():
-        h = sae.encode(z).numpy()
-    for s, c in np.ndindex(20, 5):
-        assert found[s, c] == pytest.approx(
-            naive_average_precision(h[:, s], positives[:, c]), rel=1e-5, nan_ok=True
-        )
-    assert found[4, 0] == pytest.approx(positives[:, 0].mean())
+def slow_overlap(scores, share, threshold):
+    """Pixel by pixel: each patch has 8 of them, a share of which the concept covers."""
+    both = either = 0
+    for score, part in zip(scores, share):
+        for pixel in range(8):
+            chosen, true = score >= threshold, pixel < 8 * part
+            both, either = both + (chosen and true), either + (chosen or true)
+    return both / either if either else math.nan
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_threshold_against_all_thresholds(seed):
+    rng = np.random.default_rng(seed)
+    share = rng.integers(0, 9, 40) / 8 * (rng.random(40) < 0.4)
+    scores = np.maximum(0, rng.integers(-3, 6, 40) + 4 * share)
+    levels = sorted(set(scores[scores > 0]))
+    expected = max(slow_overlap(scores, share, level) for level in levels)
+    threshold = best_threshold(scores, share)
+    assert threshold in levels and slow_overlap(scores, share, threshold) == pytest.approx(expected)
+    assert pixel_overlap(scores >= threshold, share) == pytest.approx(expected)
+
+
+def test_overlap_of_pixels_at_its_extremes():
+    share = np.array([1.0, 0, 1, 0])
+    assert best_threshold(share * 3, share) == 3 and pixel_overlap(share > 0, share) == 1
+    assert pixel_overlap(share == 0, share) == 0 and math.isnan(pixel_overlap(share > 2, 0 * share))
+    assert pixel_overlap(np.ones(4, bool), share) == 0.5  # a constant latent: the share of the concept
+    assert best_threshold(np.zeros(4), share) == math.inf
+
+
+def test_pointing_game_by_hand():
+    heat = np.array([[0, 2.0, 1], [0, 0, 0], [5, 5, 0], [1, 0, 0]])
+    shown = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0]], bool)
+    assert pointing_game(heat, shown) == pytest.approx(1 / 3)  # hit, silent, tie to the first patch; not shown
+    assert pointing_game(shown * 1.0, shown) == 1 and math.isnan(pointing_game(heat, shown & False))
 
 
 def test_concepts_of_patches_equal_a_count_of_pixels():
@@ -184,6 +205,7 @@ def test_concepts_of_patches_equal_a_count_of_pixels():
                 kind,
                 name,
             )
+    np.testing.assert_array_equal(patch_coverage(ds, rows) >= 0.25, found)
     assert concept_list(("style",)) == [("style", "photo"), ("style", "sketch")]
     np.testing.assert_array_equal(
         patch_concepts(ds, rows, ("style",)), found[:, :, [n[0] == "style" for n in names]]

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from patchsae.clip import Clip
-from patchsae.datasets import SceneDataset
 from patchsae.sae import SparseAutoencoder
 from patchsae.scenes import CONCEPTS
 
@@ -36,16 +35,63 @@ def soft_mask(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (image * enlarge(share, len(image))[..., None]).round().astype(np.uint8)
 
 
-def concept_list(kinds=tuple(CONCEPTS)) -> list[tuple[str, str]]:
-    """Every concept of the pictogram world as (kind, name), in the order of the columns of ``patch_concepts``."""
-    return [(kind, name) for kind in kinds for name in CONCEPTS[kind]]
+def concept_list(kinds=tuple(CONCEPTS), ds=None) -> list[tuple[str, str]]:
+    """Every concept as (kind, name), in the order of the columns of ``patch_concepts``.
+
+    Of the pictogram world, or of the data set's own ``concepts`` (kind -> names) where it has them.
+    """
+    concepts = getattr(ds, "concepts", CONCEPTS)
+    return [(kind, name) for kind in kinds for name in concepts[kind]]
 
 
-def patch_concepts(ds: SceneDataset, rows, kinds=tuple(CONCEPTS)) -> np.ndarray:
+def patch_concepts(ds, rows, kinds=tuple(CONCEPTS)) -> np.ndarray:
     """Which concepts each patch of these scenes shows: bool ``[images, patches, concepts]``."""
-    scenes = (ds.scene(int(i)) for i in rows)
-    shown = [np.concatenate([s.coverage(kind) >= COVERED for kind in kinds], axis=-1) for s in scenes]
-    return np.stack(shown).reshape(len(shown), -1, len(concept_list(kinds)))
+    return patch_coverage(ds, rows, kinds) >= COVERED
+
+
+def patch_coverage(ds, rows, kinds=tuple(CONCEPTS)) -> np.ndarray:
+    """Share of each patch's pixels that each concept covers: float32 ``[images, patches, concepts]``.
+
+    ``ds.scene(i).coverage(kind)`` gives them, for drawn scenes and for data sets of ``segmentation`` alike.
+    """
+    shares = [np.concatenate([scene.coverage(kind) for kind in kinds], axis=-1)
+              for scene in (ds.scene(int(i)) for i in rows)]
+    return np.stack(shares).reshape(len(shares), -1, shares[0].shape[-1])
+
+
+class PatchTruth:
+    """Which of N patches show which of C concepts, as a list of pairs sorted by concept.
+
+    Patches show few concepts each, so that walking along the pairs is much faster than along ``[N,C]``.
+    """
+
+    def __init__(self, positives: np.ndarray):
+        self.concept, self.patch = np.nonzero(positives.T)
+        self.n_patches, self.totals = len(positives), positives.sum(0)
+
+    def average_precision(self, scores: np.ndarray) -> np.ndarray:
+        """``average_precision`` of one score ``[N]`` for every concept: ``[C]``."""
+        # A threshold at score s takes rank(s) patches; what is not positive is taken last, all at once.
+        rank = _ranks(scores)[self.patch]
+        concept, rank = self.concept[rank > 0], rank[rank > 0]
+        key = np.sort(concept * (self.n_patches + 1) + rank)
+        concept, rank = np.divmod(key, self.n_patches + 1)
+        hits = np.bincount(concept, minlength=len(self.totals))
+        taken = np.searchsorted(key, key, side="right") - (hits.cumsum() - hits)[concept]
+        precise = np.bincount(concept, weights=taken / rank, minlength=len(hits))
+        silent = (self.totals - hits) * (self.totals / max(1, self.n_patches))
+        with np.errstate(invalid="ignore"):
+            return (precise + silent) / self.totals
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """How many scores are at least as large, for every positive one, and 0 for the others: ``[N] -> [N]``."""
+    active = np.flatnonzero(scores > 0)
+    active = active[np.argsort(-scores[active], kind="stable")]
+    ends = np.flatnonzero(np.diff(scores[active], append=-1.0)) + 1
+    ranks = np.zeros(len(scores), np.int64)
+    ranks[active] = np.repeat(ends, np.diff(ends, prepend=0))
+    return ranks
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
@@ -54,27 +100,36 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     sum over thresholds of (change in recall) x precision; equal scores share a threshold. NaN without positives.
     Scores of 0 or less are one group, so that a sparse latent costs as much as it fires.
     """
-    active = np.flatnonzero(scores > 0)
-    active = active[np.argsort(-scores[active], kind="stable")]
-    ends = np.flatnonzero(np.diff(scores[active], append=-1.0))
-    hits = positives[active].cumsum(0)[ends] if len(active) else np.zeros((0, positives.shape[1]))
-    total = positives.sum(0)
-    hits, size = np.vstack([hits, total]), np.append(ends + 1, len(scores))
-    gained = np.diff(hits, axis=0, prepend=0)
-    with np.errstate(invalid="ignore"):
-        return (gained * (hits / size[:, None])).sum(0) / total
+    return PatchTruth(positives).average_precision(scores)
 
 
-@torch.no_grad()
-def latent_concept_scores(z: torch.Tensor, sae: SparseAutoencoder, positives: np.ndarray,
-                          chunk: int = 256) -> np.ndarray:
-    """Average precision of every latent for every concept over patch tokens: ``[N,D], [N,C] -> [S,C]``."""
-    rows = []
-    for start in range(0, sae.n_latents, chunk):
-        part = slice(start, start + chunk)
-        h = torch.relu((z - sae.b_dec) @ sae.W_enc[:, part] + sae.b_enc[part]).T.contiguous().numpy()
-        rows += [average_precision(latent, positives) for latent in h]
-    return np.array(rows)
+def best_threshold(scores: np.ndarray, share: np.ndarray) -> float:
+    """The threshold at which "score at or above it" overlaps a concept best: ``[N], [N] -> `` a score above 0.
+
+    ``share``: how much of each patch the concept covers, so that the overlap is that of pixels; chosen on training
+    scenes. Infinity for a score that is nowhere positive.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf) < 0)
+    ends = ends[scores[order][ends] > 0]
+    if not len(ends):
+        return float("inf")
+    hits = share[order].cumsum(dtype=float)[ends]
+    return float(scores[order][ends[np.argmax(hits / (ends + 1 + share.sum(dtype=float) - hits))]])
+
+
+def pixel_overlap(mask: np.ndarray, share: np.ndarray) -> float:
+    """Intersection over union, in pixels, of chosen patches and a concept that covers a share of each: ``[N], [N]``."""
+    hits = share[mask].sum(dtype=float)
+    union = mask.sum() + share.sum(dtype=float) - hits
+    return float(hits / union) if union else float("nan")
+
+
+def pointing_game(heat: np.ndarray, positives: np.ndarray) -> float:
+    """Share of the images with a concept whose strongest patch shows it: ``[B,P], [B,P]``; silence is a miss."""
+    places, shown = heat.argmax(1), positives.any(1)
+    hits = positives[np.arange(len(heat)), places] & (heat.max(1) > 0)
+    return float(hits[shown].mean()) if shown.any() else float("nan")
 
 
 def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
