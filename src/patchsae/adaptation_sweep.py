@@ -143,7 +143,7 @@ def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd
             "transfer": filled_table(profile, clip, "transfer", list(itertools.product([own], KEPT, seeds)),
                                      functools.partial(transfer_rows, profile, clip)),
             "latents": filled_table(profile, clip, "latents",
-                                    plain + each("maple", UNTRAINED) + each("lora", "fine-tuning", seeds=seeds[:1]),
+                                    plain + each("maple") + each(UNTRAINED, "lora", "fine-tuning", seeds=seeds[:1]),
                                     functools.partial(latent_rows, profile, clip, sae)),
             "concepts": filled_table(profile, clip, "concepts",
                                      plain[:1] + each("maple") + each(UNTRAINED, seeds=seeds[:1]),
