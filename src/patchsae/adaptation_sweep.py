@@ -114,13 +114,17 @@ def concept_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str
     return concept_readout(tower, sae, *splits, profile.model.layer, PROBED, n_images=256)
 
 
-def filled_table(profile: Profile, clip: Clip, name: str, wanted: list[tuple], rows_of: Callable) -> pd.DataFrame:
-    """A committed table, with the groups (task, method, seed) it lacks computed and added."""
+def filled_table(profile: Profile, clip: Clip, name: str, wanted: list[tuple], rows_of: Callable,
+                 read_with: str = "") -> pd.DataFrame:
+    """A committed table, with the groups (task, method, seed) it lacks computed and added.
+
+    ``read_with``: fingerprint of the autoencoder that rows depend on; it becomes part of their keys.
+    """
     path = table_path(profile, name)
     known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["task", "method", "seed", "key"])
     done = dict(iter(known.groupby(["task", "method", "seed", "key"])))
-    keyed = {group: (*group, adaptation_key(profile, clip, *group, open_dataset(profile, group[0], "train")))
-             for group in wanted}
+    keyed = {(task, *rest): (task, *rest, adaptation_key(profile, clip, task, *rest, open_dataset(
+        profile, task, "train")) + read_with) for task, *rest in wanted}
     for group, key in keyed.items():
         if key not in done:
             done[key] = rows_of(*group).assign(**dict(zip(("task", "method", "seed", "key"), key)))
@@ -144,10 +148,10 @@ def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd
                                      functools.partial(transfer_rows, profile, clip)),
             "latents": filled_table(profile, clip, "latents",
                                     plain + each("maple") + each(UNTRAINED, "lora", "fine-tuning", seeds=seeds[:1]),
-                                    functools.partial(latent_rows, profile, clip, sae)),
+                                    functools.partial(latent_rows, profile, clip, sae), sae.fingerprint()),
             "concepts": filled_table(profile, clip, "concepts",
                                      plain[:1] + each("maple") + each(UNTRAINED, seeds=seeds[:1]),
-                                     functools.partial(concept_rows, profile, clip, sae))}
+                                     functools.partial(concept_rows, profile, clip, sae), sae.fingerprint())}
 
 
 def farthest_task(latents: pd.DataFrame, seed: int) -> str:
