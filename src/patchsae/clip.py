@@ -106,7 +106,7 @@ class Clip:
     def _levels(self) -> torch.Tensor:
         """What the processor makes of every grey level, ``[3,256]``: looked up, its floats are had bit for bit."""
         processor, side = self.processor, self.image_size
-        asked = [processor.size.shortest_edge, *dict(processor.crop_size).values(), processor.resample]
+        asked = [dict(processor.size)["shortest_edge"], *dict(processor.crop_size).values(), processor.resample]
         if asked != [side, side, side, Image.Resampling.BICUBIC]:
             raise ValueError(f"preprocessor_config.json asks for other crops than CLIP's of {side} pixels, bicubic; "
                              "mend it.")

@@ -145,7 +145,8 @@ def latent_histograms(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """
     figure = new_figure(PAGE, 1.95)
     for panel, (measure, methods) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
-        finite = {name: np.asarray(v)[np.isfinite(v)] for name, v in methods.items()}
+        arrays = {name: np.asarray(v) for name, v in methods.items()}
+        finite = {name: v[np.isfinite(v)] for name, v in arrays.items()}
         bins = np.linspace(min(v.min() for v in finite.values()), max(v.max() for v in finite.values()), 31)
         for (name, v), colour in zip(finite.items(), (BLUE, GREY, ORANGE)):
             panel.hist(v, bins, weights=np.full(len(v), 1 / len(v)), histtype="step", color=colour, lw=1.2, label=name)
