@@ -96,6 +96,7 @@ dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATE
 
 bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
 	"$(PYTHON)" tools/bench_explorer.py
+
 .PHONY: bench-mono
 bench-mono: | env  ## time the monosemanticity score against its quadratic definition (a minute)
 	"$(PYTHON)" tools/bench_monosemanticity.py

@@ -106,18 +106,24 @@ def test_training_is_a_function_of_its_seed(clip, quick, task_data, method):
 
 
 def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
-    kept = {}
-    merge = adapt._merged
+    kept, pixels, wrap = {}, task_data.pixels[:2], adapt.get_peft_model
 
-    def watched(model):
-        pixels = task_data.pixels[:2]
-        tower = adapt.Clip(model, clip.tokenizer, clip.processor)
-        kept["before"] = tower.above(tower.below(pixels, -2), -2)
-        return merge(model)
+    def watched(*arguments):
+        lora = wrap(*arguments)
+        merge = lora.merge_and_unload
 
-    monkeypatch.setattr(adapt, "_merged", watched)
+        def merged():
+            kept["before"] = lora(pixel_values=pixels).pooler_output
+            return merge()
+
+        lora.merge_and_unload = merged
+        return lora
+
+    monkeypatch.setattr(adapt, "get_peft_model", watched)
     tower = adapt.adapt(quick, clip, "nouns", "lora", 1, task_data).tower
-    assert torch.allclose(tower.above(tower.below(task_data.pixels[:2], -2), -2), kept["before"], atol=1e-4)
+    after = tower.model.vision_model(pixel_values=pixels).pooler_output
+    assert torch.allclose(after, kept["before"], atol=1e-4)
+    assert not torch.allclose(after, clip.model.vision_model(pixel_values=pixels).pooler_output, atol=1e-2)
     assert tower.model.state_dict().keys() == clip.model.state_dict().keys()
 
 

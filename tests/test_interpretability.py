@@ -14,7 +14,6 @@ from patchsae import collect_latents
 from patchsae.interpretability import (
     absorption,
     coherence,
-    image_attributes,
     monosemanticity,
     morans_i,
     patch_attributes,
@@ -258,8 +257,6 @@ def test_region_means_count_what_is_inside():
 # Judges
 
 
-def test_attributes_of_patches_and_images():
+def test_attributes_of_patches():
     split = animals()
     assert torch.equal(patch_attributes(split).argmax(1), torch.from_numpy(split.share.argmax(-1)).flatten())
-    assert image_attributes(split).shape == (20, 4)
-    assert torch.equal(image_attributes(split)[3], torch.from_numpy((split.share[3] > 0).any(0)).float())

@@ -54,13 +54,17 @@ def halves(ds) -> dict[str, range]:
 
 
 def few_shots(ds, classes: range, shots: int, seed: int) -> Subset:
-    """``shots`` images of each of these classes, as CoOp draws them: every class in turn, from one random stream."""
-    by_class: dict[int, list[int]] = {}
+    """``shots`` images of each of these classes, as CoOp draws them from the same files with the same seed.
+
+    All classes draw from one random stream, in the order in which the source first names them; a class with fewer
+    images gives all of them and draws nothing.
+    """
+    by_class: dict[int, list[int]] = {label: [] for label in getattr(ds, "label_order", ())}
     for row, label in enumerate(ds.labels.tolist()):
         by_class.setdefault(label, []).append(row)
     stream = random.Random(seed)
-    rows = [row for found in by_class.values() for row in stream.sample(found, min(shots, len(found)))]
-    return Subset(ds, classes, rows)
+    drawn = [stream.sample(rows, shots) if len(rows) >= shots else rows for rows in by_class.values()]
+    return Subset(ds, classes, [row for rows in drawn for row in rows])
 
 
 def unadapted(clip: Clip, task: str) -> Adapted:
@@ -155,29 +159,20 @@ def train_prompts(profile: Profile, model: MaPLe, shots, method: str, seed: int,
 def _tuned(profile: Profile, clip: Clip, task: str, shots, method: str, seed: int, title: str) -> Adapted:
     """LoRA, or all weights of the image tower, by AdamW; text features stay those of CLIP."""
     torch.manual_seed(seed)
-    s, model = method_settings(profile, method), copy.deepcopy(clip.model)
-    if method == "lora":
-        lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_LAYERS)
-        model.vision_model = get_peft_model(model.vision_model, lora).base_model.model
-    tower = Clip(model, clip.tokenizer, clip.processor)
-    for name, parameter in model.vision_model.named_parameters():
-        parameter.requires_grad_(method == "fine-tuning" or "lora_" in name)
+    s, tower = method_settings(profile, method), Clip(copy.deepcopy(clip.model), clip.tokenizer, clip.processor)
+    model = tower.model
+    if method == "lora":  # puts its layers into the tower, and lets them alone have gradients
+        lora = get_peft_model(model.vision_model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_LAYERS))
+    else:
+        model.vision_model.requires_grad_(True)
     text = unadapted(clip, task).text
     features = text(shots.class_names)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
     _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs_of(len(shots))),
            lambda embeddings, labels: F.cross_entropy(tower.logits(embeddings, features), labels), seed, title)
-    return Adapted(Clip(_merged(model), clip.tokenizer, clip.processor), text)
-
-
-def _merged(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with LoRA's products added to the weights they belong to, so that nothing of peft is left."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if hasattr(layer, "get_base_layer"):
-                layer.merge()
-                setattr(parent, name, layer.get_base_layer())
-    return model
+    if method == "lora":
+        model.vision_model = lora.merge_and_unload()
+    return Adapted(Clip(model, clip.tokenizer, clip.processor), text)
 
 
 def _linear_probe(clip: Clip, task: str, shots) -> Adapted:

@@ -4,7 +4,6 @@ Labels are given by name, in the order of CoOp's class names, on which base and 
 """
 
 import json
-import random
 import tomllib
 from pathlib import Path
 
@@ -32,27 +31,7 @@ def open_benchmark(root: Path, task: str, split: str, n: int | None = None,
         return open_hub(task, split, n, size)
     files, names = _files(Path(root), task, split)
     _check_count(task, split, len(files))
-    return FileDataset(Path(root), in_turn(files, n), names, size)
-
-
-def few_shot(root: Path, task: str, shots: int, seed: int,
-             size: int | None = None) -> tuple[FileDataset, FileDataset]:
-    """CoOp's training and validation shots: the same images as its code takes from the same JSON with the same seed.
-
-    ``shots`` a class from train (all where there are fewer), then up to 4 a class from val, drawn from one stream;
-    classes in the order in which the file first names them.
-    """
-    if _row(task)["layout"] not in ("coop", "aircraft"):
-        raise ValueError(f"{task} has no list of files, so CoOp's shots cannot be drawn again; choose another task.")
-    numbers, drawn = random.Random(seed), []
-    for split, most in (("train", shots), ("val", min(shots, 4))):
-        files, names = _files(Path(root), task, split)
-        by_class: dict[int, list] = {}
-        for path, label in files:
-            by_class.setdefault(label, []).append((path, label))
-        chosen = [numbers.sample(rows, most) if len(rows) >= most else rows for rows in by_class.values()]
-        drawn.append(FileDataset(Path(root), [row for rows in chosen for row in rows], names, size))
-    return drawn[0], drawn[1]
+    return FileDataset(Path(root), in_turn(files, n), names, size, dict.fromkeys(label for _, label in files))
 
 
 def missing(root: Path, task: str) -> list[Path]:

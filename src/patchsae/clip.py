@@ -117,12 +117,16 @@ class Clip:
     @torch.no_grad()
     def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
         """Unit-length text embeddings: ``list[str] -> [N,P]``."""
-        if self.tokenizer is None:
-            raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
         return torch.cat([self._text(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
 
+    def tokenise(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Token ids and attention mask of prompts, each ``[N,L]``."""
+        if self.tokenizer is None:
+            raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
+        return self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+
     def _text(self, prompts: list[str]) -> torch.Tensor:
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        tokens = self.tokenise(prompts)
         features = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(features.pooler_output, dim=-1)
 

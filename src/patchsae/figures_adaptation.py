@@ -29,20 +29,7 @@ def method_dots(table: pd.DataFrame) -> Figure:
 
     ``table``: columns task, half, method, accuracy, low, high.
     """
-    need(table, "accuracy", "task", "half", "method", "accuracy", "low", "high")
-    tasks = list(dict.fromkeys(table["task"]))
-    figure = new_figure(PAGE, 0.75 + 0.36 * len(tasks))
-    axes = figure.subplots(1, 2, sharey=True)
-    for panel, half in zip(axes, ("base", "novel")):
-        rows = table[table["half"] == half]
-        for i, method in enumerate(m for m in METHOD_LOOKS if m in set(rows["method"])):
-            mine = rows[rows["method"] == method].set_index("task")
-            at = np.array([tasks.index(task) for task in mine.index]) + 0.1 * (i - 3)
-            _dots(panel, mine, at, *METHOD_LOOKS[method])
-        panel.set(title=f"{half} classes", xlabel="accuracy", yticks=range(len(tasks)), yticklabels=tasks)
-        _percent_rows(panel, len(tasks))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, columnspacing=1)
-    return figure
+    return _dot_rows(table, "method", METHOD_LOOKS)
 
 
 def read_dots(table: pd.DataFrame) -> Figure:
@@ -50,19 +37,24 @@ def read_dots(table: pd.DataFrame) -> Figure:
 
     ``table``: columns task, half, what ("zero-shot", "adapted", "before", "after", "untrained"), accuracy, low, high.
     """
-    need(table, "readout", "task", "half", "what", "accuracy", "low", "high")
+    return _dot_rows(table, "what", READ_LOOKS)
+
+
+def _dot_rows(table: pd.DataFrame, column: str, looks: Mapping[str, tuple]) -> Figure:
+    """A row a task, a panel a half: a dot and its interval for each value of ``column``, as ``looks`` has it."""
+    need(table, column, "task", "half", column, "accuracy", "low", "high")
     tasks = list(dict.fromkeys(table["task"]))
-    figure = new_figure(PAGE, 0.75 + 0.3 * len(tasks))
+    figure = new_figure(PAGE, 0.75 + 0.36 * len(tasks))
     axes = figure.subplots(1, 2, sharey=True)
     for panel, half in zip(axes, ("base", "novel")):
         rows = table[table["half"] == half]
-        for i, (what, (label, colour, marker)) in enumerate(READ_LOOKS.items()):
-            mine = rows[rows["what"] == what].set_index("task")
-            _dots(panel, mine, np.array([tasks.index(task) for task in mine.index]) + 0.12 * (i - 2), label, colour,
-                  marker)
+        for i, name in enumerate(name for name in looks if name in set(rows[column])):
+            mine = rows[rows[column] == name].set_index("task")
+            at = np.array([tasks.index(task) for task in mine.index]) + 0.1 * (i - (len(looks) - 1) / 2)
+            _dots(panel, mine, at, *looks[name])
         panel.set(title=f"{half} classes", xlabel="accuracy", yticks=range(len(tasks)), yticklabels=tasks)
         _percent_rows(panel, len(tasks))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks), columnspacing=1)
     return figure
 
 

@@ -58,9 +58,13 @@ def read_image(source: Path | bytes, name: str | Path) -> np.ndarray:
 
 
 class Crop(NamedTuple):
-    """CLIP's crop: the shorter side is brought to ``size`` pixels, bicubic, and the central square kept."""
+    """CLIP's crop: the shorter side is brought to ``size`` pixels, bicubic, and the central square kept.
+
+    A map of numbers ``[H, W]`` is cut alike with ``Image.Resampling.NEAREST``.
+    """
 
     size: int
+    resample: Image.Resampling = Image.Resampling.BICUBIC
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3] -> [size, size, 3]``."""
@@ -72,22 +76,25 @@ class Crop(NamedTuple):
         top, left = (tall - size) // 2, (wide - size) // 2
         picture = Image.fromarray(image)
         if max(tall, wide) <= LONGEST * size:
-            whole = picture.resize((wide, tall), Image.Resampling.BICUBIC)
+            whole = picture.resize((wide, tall), self.resample)
             return np.array(whole)[top:top + size, left:left + size]
         # Of an image much longer than it is wide only the square is computed: the whole would not fit into memory.
         box = (left * width / wide, top * height / tall, (left + size) * width / wide, (top + size) * height / tall)
         box = (*box[:2], min(box[2], width), min(box[3], height))
-        return np.array(picture.resize((size, size), Image.Resampling.BICUBIC, box))
+        return np.array(picture.resize((size, size), self.resample, box))
 
 
 class FileDataset:
     """Images in files.
 
     ``files``: pairs of a path and a label; ``root``: the folder they are in, left out of the fingerprint; ``size``:
-    pixels a side that CLIP's crop brings them to, so that maps over patches lie on what is shown; None leaves them.
+    pixels a side that CLIP's crop brings them to, so that maps over patches lie on what is shown; None leaves them;
+    ``label_order``: the labels in the order in which their source first names them, where that is not their own.
     """
 
-    def __init__(self, root: Path, files: list[tuple[Path, int]], class_names, size: int | None = None):
+    def __init__(self, root: Path, files: list[tuple[Path, int]], class_names, size: int | None = None,
+                 label_order=()):
+        self.label_order = tuple(label_order)
         self.root, self.files, self.class_names, self.unreadable = Path(root), files, tuple(class_names), {}
         self.size, self.labels = size, np.array([label for _, label in files], dtype=np.int64)
 

@@ -44,11 +44,6 @@ def patch_attributes(split: Split) -> torch.Tensor:
     return torch.from_numpy(split.positives).float()
 
 
-def image_attributes(split: Split) -> torch.Tensor:
-    """The same of whole images: which concepts any of its patches shows, ``[B,C]``."""
-    return torch.from_numpy(split.positives.reshape(*split.share.shape).any(1)).float()
-
-
 def morans_i(heat: torch.Tensor) -> torch.Tensor:
     """Spatial coherence of maps: ``[...,g,g] -> [...]``, NaN for a map without differences.
 

@@ -209,10 +209,7 @@ def class_prompts(class_names: Sequence[str]) -> list[str]:
 
 def tokenise(clip: Clip, prompts: Sequence[str]) -> torch.Tensor:
     """Token ids of prompts: ``[N,L]``."""
-    if clip.tokenizer is None:
-        raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
-    tokens = clip.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-    return tokens["input_ids"].to(clip.device)
+    return clip.tokenise(list(prompts))["input_ids"]
 
 
 def new_maple(clip: Clip, class_names: Sequence[str], n: int, depth: int, vision: bool, seed: int) -> MaPLe:

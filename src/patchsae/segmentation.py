@@ -8,7 +8,6 @@ They are read where they lie, as their authors pack them, from ``data/<profile>/
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from PIL import Image, ImageDraw
 
 from patchsae.clip import Clip
 from patchsae.config import Profile
-from patchsae.datasets import Item, content_id, open_dataset
+from patchsae.datasets import open_dataset
+from patchsae.images import Crop, Item, content_id, hash_of, read_image
 
 #: A pixel without a concept.
 NONE = -1
@@ -75,14 +75,14 @@ class MaskedDataset:
     def scene(self, i: int) -> MaskedImage:
         """The image and its mask, resized to the model's size by the shorter side and cut in the middle."""
         entry = self.entries[i]
-        image = _open(entry.path).convert("RGB")
-        plane = entry.read(image.size).astype(np.int32)
-        if plane.shape != image.size[::-1]:
+        image = read_image(entry.path, entry.path)
+        height, width = image.shape[:2]
+        plane = entry.read((width, height)).astype(np.int32)
+        if plane.shape != (height, width):
             raise ValueError(f"The mask of {entry.path} is {list(plane.shape[::-1])} pixels, the image "
-                             f"{list(image.size)}; fetch the data set again.")
-        picture = _cut(image, self.size, Image.Resampling.BICUBIC)
-        own = _cut(Image.fromarray(plane, mode="I"), self.size, Image.Resampling.NEAREST)
-        return MaskedImage(np.asarray(picture), np.asarray(own), self.concepts["noun"], self.grid)
+                             f"{[width, height]}; fetch the data set again.")
+        own = Crop(self.size, Image.Resampling.NEAREST)(plane)
+        return MaskedImage(Crop(self.size)(image), own, self.concepts["noun"], self.grid)
 
     def __getitem__(self, i: int) -> Item:
         image = self.scene(i).image
@@ -91,8 +91,8 @@ class MaskedDataset:
     def fingerprint(self) -> str:
         """Hash of the names, sizes and times of the files, the labels, and how they are cut."""
         stats = [(entry.path.name, entry.path.stat()) for entry in self.entries]
-        content = [[name, s.st_size, s.st_mtime_ns] for name, s in stats] + [self.labels.tolist(), self.size, self.grid]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        files = [[name, s.st_size, s.st_mtime_ns] for name, s in stats]
+        return hash_of([*files, self.labels.tolist(), self.size, self.grid])
 
 
 def _open(path: Path) -> Image.Image:
@@ -100,14 +100,6 @@ def _open(path: Path) -> Image.Image:
         return Image.open(path)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the image {path} ({error}); fetch the data set again.") from error
-
-
-def _cut(image: Image.Image, size: int, filter_) -> Image.Image:
-    """Shorter side to ``size``, then the square in the middle."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), filter_).crop((left, top, left + size, top + size))
 
 
 def _lines(path: Path) -> list[str]:
