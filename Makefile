@@ -57,9 +57,11 @@ rehearsal: | env  ## run every notebook in the paper's dimensions on random weig
 	$(MAKE) figures PROFILE=rehearsal
 	"$(PYTHON)" -m patchsae.rehearsal report
 
+# Progress bars are left out: nbval reads a cell's messages when the cell is done, and a long bar's would overflow.
 test: | env  ## run the unit tests, then every notebook from top to bottom
 	"$(PYTHON)" -m pytest -q -p no:cacheprovider tests
-	$(if $(NOTEBOOKS),PATCHSAE_FIGURES="$(CURDIR)/build/test-figures" IPYTHONDIR="$(CURDIR)/build/ipython" \
+	$(if $(NOTEBOOKS),PATCHSAE_FIGURES="$(CURDIR)/build/test-figures" \
+		IPYTHONDIR="$(CURDIR)/build/ipython" TQDM_DISABLE=1 \
 		"$(PYTHON)" -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 -p no:cacheprovider $(NOTEBOOKS))
 
 notebooks: | env  ## execute every notebook and store its outputs in notebooks/

@@ -120,7 +120,8 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
             log.append(_log_row(training, z, training.step(z)))
             bar.update()
             now = dict(zip(LOG_COLUMNS, log[-1]))
-            bar.set_postfix_str("mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}".format(**now))
+            text = "mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}".format(**now)
+            bar.set_postfix_str(text, refresh=False)
             if training.steps_done % profile.sae.save_every == 0 or training.steps_done == profile.sae.steps:
                 _save(training, log, folder, key)
     training.sae.normalise_decoder()
