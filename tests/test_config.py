@@ -135,10 +135,11 @@ def test_a_trained_autoencoder_is_keyed_by_all_that_decides_it_and_no_more(clip)
         profile.at_layer(0), clip
     )
     assert key != run_key(profile, Clip(random_clip_model(seed=1)))
-    decides = [("sae", field.name) for field in dataclasses.fields(SaeSettings) if field.name != "save_every"]
+    decides = [("sae", field.name) for field in dataclasses.fields(SaeSettings) if field.name not in ("save_every", "k")]
     decides += [("data", "source"), ("data", "task"), ("data", "train_images"), ("model", "layer")]
     rest = [
         ("sae", "save_every"),
+        ("sae", "k"),
         ("data", "transfer"),
         ("data", "test_images"),
         ("data", "batch_images"),
@@ -149,6 +150,12 @@ def test_a_trained_autoencoder_is_keyed_by_all_that_decides_it_and_no_more(clip)
     keys = [run_key(changed(profile, *which), clip) for which in decides]
     assert len({key, *keys}) == len(keys) + 1
     assert {run_key(changed(profile, *which), clip) for which in rest} == {key}
+
+
+def test_the_number_of_active_latents_decides_only_where_it_is_fixed(clip):
+    fixed = [run_key(load_profile("mini").with_sae(activation="topk", k=k), clip) for k in (8, 16)]
+    free = [run_key(load_profile("mini").with_sae(activation="jumprelu", k=k), clip) for k in (8, 16)]
+    assert fixed[0] != fixed[1] and free[0] == free[1] and free[0] not in fixed
 
 
 def test_figures_can_be_sent_elsewhere(monkeypatch, tmp_path):

@@ -13,6 +13,8 @@ import torch
 #: The folder that holds ``notebooks/``, ``data/`` and ``figures/``.
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = Path(__file__).with_name("profiles")
+#: Settings of the autoencoder that are left out of its key, so that a new choice does not rename old ones.
+USUAL = {"weights": "", "activation": "relu", "shuffle": "images", "precision": "float32"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class SaeSettings:
     ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps`` and
     ``save_every``: training steps. ``weights``: a file, folder or hub name to use as it is (see ``formats``) instead of
     training, or "". ``b_dec``: its start, "geometric_median", "geometric_median_by_position"
-    (the published variant), "mean" or "zeros". ``tokens``: "all" or "cls".
+    (the published variant), "mean" or "zeros". ``tokens``: "all" or "cls". ``activation``: "relu" (the paper's),
+    "topk", "batchtopk", "jumprelu" or "matryoshka"; ``k``: active latents per token of those that fix it.
+    ``shuffle``: batches of whole "images" (the paper's) or of "tokens" of many images. ``precision``: "float32", or
+    "bf16" for autocast with float32 weights.
     """
 
     expansion: float
@@ -63,6 +68,10 @@ class SaeSettings:
     ghost: bool
     b_dec: str
     tokens: str
+    activation: str
+    k: int
+    shuffle: str
+    precision: str
     batch_images: int
     steps: int
     save_every: int
@@ -157,7 +166,9 @@ class Profile:
 
     def sae_settings(self) -> dict:
         """Everything that decides which autoencoder training gives: what a trained one is keyed by."""
-        sae = {k: v for k, v in dataclasses.asdict(self.sae).items() if k != "save_every" and (k, v) != ("weights", "")}
+        sae = {k: v for k, v in dataclasses.asdict(self.sae).items() if k != "save_every" and USUAL.get(k) != v}
+        if self.sae.activation in ("relu", "jumprelu"):
+            del sae["k"]
         data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
@@ -201,6 +212,9 @@ def load_profile(name: str | None = None) -> Profile:
     filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
     profile = _fill(Profile, table | filled, path.name)
     _choose(path.name, "tokens", profile.sae.tokens, "all", "cls")
+    _choose(path.name, "activation", profile.sae.activation, "relu", "topk", "batchtopk", "jumprelu", "matryoshka")
+    _choose(path.name, "shuffle", profile.sae.shuffle, "images", "tokens")
+    _choose(path.name, "precision", profile.sae.precision, "float32", "bf16")
     _choose(path.name, "templates", profile.model.templates, "own", "imagenet_ensemble_7", "imagenet_ensemble_80")
     _choose(path.name, "source", profile.data.source, "scenes", "folders", "benchmarks")
     return profile
