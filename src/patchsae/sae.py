@@ -117,39 +117,51 @@ class Losses(NamedTuple):
     h: torch.Tensor
 
 
-def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None) -> Losses:
+def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None,
+             candidates: torch.Tensor | None = None) -> Losses:
     """The training loss (eq. 2), as it is coded by the authors.
 
         mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
         l1    = lambda * mean over tokens of ||h||_1
         total = mse + l1 + ghost
 
-    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term.
+    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term; ``candidates [K]``: latents among which
+    all of those are, so that nobody has to wait for the device to count them.
     """
     pre = sae.pre_activations(z)
     h = torch.relu(pre)
     z_hat = sae.decode(h)
-    m = (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
-    mse, sparsity = m.mean(), l1 * h.sum(-1).mean()
-    ghost = mse.new_zeros(()) if dead is None or not dead.any() else ghost_loss(sae, z, pre, z_hat, m, dead)
+    m = reconstruction_error(z, z_hat)
+    mse, sparsity, ghost = m.mean(), l1 * h.sum(-1).mean(), m.new_zeros(())
+    if dead is not None and candidates is None:
+        candidates = dead.nonzero()[:, 0]
+    if candidates is not None and len(candidates):
+        ghost = ghost_loss(z, z_hat, m, pre[..., candidates], sae.W_dec[candidates], dead[candidates])
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
 
 
-def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> torch.Tensor:
+def reconstruction_error(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
+    """m = (z_hat - z)^2 / ||z||_2 elementwise, with the norm of the token: ``[...,D]`` (eq. 2, as coded)."""
+    return (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
+
+
+def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
-    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token.
+    ``z, z_hat, m``: ``[...,D]``; of K latents ``pre``: ``[...,K]``, ``rows`` of W_dec: ``[K,D]`` and ``dead``: bool
+    ``[K]``, those that are; 0 if none is. Norms are per token.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
-    g = torch.exp(pre[..., dead]) @ sae.W_dec[dead]
+    # exp of minus infinity is 0, for the values and for the gradients.
+    g = torch.exp(pre.masked_fill(~dead, -torch.inf)) @ rows
     g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
     # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
     q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)
-    return (q * (m / (q + 1e-6)).detach()).mean()
+    return (q * (m / (q + 1e-6)).detach()).mean() * dead.any()
 
 
 @torch.no_grad()
