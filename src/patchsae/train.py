@@ -49,6 +49,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / max(1, self.warmup))
         self.optimizer.step()
+        self.sae.update_threshold(losses.h)
         fired = (losses.h.detach() > 0).flatten(0, -2).any(0)
         self.quiet = torch.where(fired, 0, self.quiet + 1)
         self.steps_done += 1
@@ -97,7 +98,8 @@ def train_steps(sae: SparseAutoencoder, batches, lr: float = 4e-4, l1: float = 8
 def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
     """An untrained autoencoder of the profile's width, b_dec set from the first eight batches."""
     generator = torch.Generator().manual_seed(profile.seed)
-    sae = SparseAutoencoder(clip.width, round(profile.sae.expansion * clip.width), generator)
+    s = profile.sae
+    sae = SparseAutoencoder(clip.width, round(s.expansion * clip.width), generator, s.activation, s.k)
     first = torch.cat(list(_tokens(profile, clip, ds, range(8))))
     sae.b_dec.data = initial_b_dec(first, profile.sae.b_dec)
     return sae.to(clip.device)
@@ -185,7 +187,7 @@ def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str) -
         return Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     if load_json(saved, "key")["key"] != key:
         raise ValueError(f"{folder} holds a training with other settings; choose another folder or remove it.")
-    sae = SparseAutoencoder(clip.width, round(s.expansion * clip.width)).to(clip.device)
+    sae = SparseAutoencoder(clip.width, round(s.expansion * clip.width), None, s.activation, s.k).to(clip.device)
     training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     training.resume(folder)
     return training
