@@ -82,7 +82,7 @@ def find_active(sae: SparseAutoencoder, z: torch.Tensor, candidates: torch.Tenso
     for part in z.split(len(z) if z.is_cuda else AT_ONCE):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
             pre = torch.addmm(sae.b_enc, part - sae.b_dec, sae.W_enc)
-        h = pre if getattr(sae,'activation','relu') == "relu" else sae.activate(pre)
+        h = pre if sae.activation == "relu" else sae.activate(pre)
         parts.append((*(_positive_within(h, capacity) if z.is_cuda else _positive(h)), pre[:, candidates].to(z.dtype)))
     if len(parts) == 1:
         counts, tokens, latents, values, pre_dead = parts[0]
@@ -114,7 +114,8 @@ def _positive_within(h: torch.Tensor, capacity: int) -> tuple[torch.Tensor, ...]
 
 def sparse_step(sae: SparseAutoencoder, z: torch.Tensor, l1: float, dead: torch.Tensor, candidates: torch.Tensor,
                 capacity: int, bf16: bool = False) -> SparseStep:
-    """What ``sae_loss`` and its backward pass give, for tokens ``[N,D]``: gradients are left in the parameters.
+    """What ``sae_loss`` and its backward pass give for relu or topk, for tokens ``[N,D]``: gradients are left in the
+    parameters.
 
     ``dead``: bool ``[S]``; ``candidates [K]``: latents among which all dead ones are. ``bf16``: encode in half
     precision, and on a GPU read the rows that are summed in it.
@@ -126,7 +127,8 @@ def sparse_step(sae: SparseAutoencoder, z: torch.Tensor, l1: float, dead: torch.
     z_hat = weighted_sums(values, found.latents, found.offsets, sae.W_dec.detach().to(dtype)) + sae.b_dec.detach()
     z_hat.retain_grad()
     m = reconstruction_error(z, z_hat)
-    mse, sparsity, ghost = m.mean(), l1 * values.sum() / len(z), m.new_zeros(())
+    weight = l1 if sae.activation == "relu" else 0  # topk fixes how many are active
+    mse, sparsity, ghost = m.mean(), weight * values.sum() / len(z), m.new_zeros(())
     if len(candidates):
         ghost = ghost_loss(z, z_hat, m, pre, rows, dead[candidates])
     total = mse + sparsity + ghost

@@ -55,7 +55,7 @@ class Training:
         self.dead_after, self.ghost, self.bf16, self.steps_done = dead_after, ghost, precision == "bf16", 0
         device, wide = sae.W_enc.device, sae.d_model * sae.n_latents >= WIDE
         self.look_every = min(LOOK_EVERY[device.type], 1 + dead_after // 2)
-        self.sparse_below = SPARSE_BELOW[device.type] if wide else 0
+        self.sparse_below = SPARSE_BELOW[device.type] if wide and sae.activation in ("relu", "topk") else 0
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=wide or None)
         if wide:  # a latent's weights side by side, as sums over latents want them
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
@@ -78,7 +78,7 @@ class Training:
         losses, z_hat, n_active, fired = (self._sparse if self.capacity else self._dense)(z)
         if self.look_every == 1:
             self._refuse(losses[3])
-        processes.average([p.grad for p in self.sae.parameters()])
+        processes.average([*(p.grad for p in self.sae.parameters()), *self.sae.buffers()])
         self.sae.remove_parallel_gradient()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / max(1, self.warmup))
@@ -97,6 +97,7 @@ class Training:
             losses = sae_loss(self.sae, z, self.l1, *((self.dead, self.candidates) if self.ghost else ()))
         self.optimizer.zero_grad()
         losses.total.backward()
+        self.sae.update_threshold(losses.h.detach())
         active = (losses.h.detach() > 0).flatten(0, -2)
         return [x.detach() for x in losses[:4]], losses.z_hat.detach().flatten(0, -2), active.sum(), active.any(0)
 

@@ -150,7 +150,8 @@ def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str, r
 def _empty(profile: Profile, clip: Clip) -> SparseAutoencoder:
     """An autoencoder of the profile's shape with its first weights, b_dec aside."""
     generator = torch.Generator().manual_seed(profile.seed)
-    return SparseAutoencoder(clip.width, round(profile.sae.expansion * clip.width), generator)
+    s = profile.sae
+    return SparseAutoencoder(clip.width, round(s.expansion * clip.width), generator, s.activation, s.k)
 
 
 def _log_row(number: int, step: Step) -> tuple:
