@@ -63,13 +63,13 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
         except TooManyActive:
             training = _start_or_resume(profile, clip, ds, folder, key, room=2 * training.room)
             log = _read_log(folder, training.steps_done)
-    training.sae.normalise_decoder()
+    sae = training.trained()
     if processes.rank() == 0:
-        training.sae.save_pretrained(folder)
+        sae.save_pretrained(folder)
         for name in ("training.json", "checkpoint.safetensors"):
             (folder / name).unlink(missing_ok=True)
     processes.wait()
-    return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
+    return sae, pd.DataFrame(log, columns=LOG_COLUMNS)
 
 
 def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, folder: Path, key: str) -> None:
@@ -160,13 +160,13 @@ def _log_row(number: int, step: Step) -> tuple:
 
 
 def _save(training: Training, log: list, folder: Path, key: str) -> None:
-    if processes.rank() > 0:
-        return
     # The log comes first: one that is ahead of its checkpoint is cut, one behind it would have a hole.
-    table = pd.DataFrame(log, columns=LOG_COLUMNS)
-    write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
+    if processes.rank() == 0:
+        table = pd.DataFrame(log, columns=LOG_COLUMNS)
+        write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
     training.save(folder)
-    save_json(folder / "training.json", {"key": key})
+    if processes.rank() == 0:
+        save_json(folder / "training.json", {"key": key})
 
 
 def _read_log(folder: Path, steps_done: int) -> list:
