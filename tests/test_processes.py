@@ -42,7 +42,7 @@ SPARSE = {"sparse": {"sparse": True}, "topk": {"sparse": True, "activation": "to
 
 
 def launch(script: str, *arguments: str, n: int = 2, **more: str) -> list[tuple[str, int]]:
-    """Run a script in n processes that know of each other, as ``accelerate launch`` starts them: errors and statuses."""
+    """Run a script in n processes that know of each other, as ``accelerate launch`` starts them: errors, statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -136,7 +136,8 @@ class Training:
     def trained(self) -> SparseAutoencoder:
         """The autoencoder as it is now, in one piece and with decoder rows of unit length."""
         old = self.sae
-        sae = SparseAutoencoder(old.d_model, old.n_latents, None, old.activation, old.k).to(self.quiet.device)
+        first = torch.Generator()  # of its own, so that the global one is left alone
+        sae = SparseAutoencoder(old.d_model, old.n_latents, first, old.activation, old.k).to(self.quiet.device)
         sae.load_state_dict({name: processes.whole(value) for name, value in old.state_dict().items()})
         sae.normalise_decoder()
         return sae
