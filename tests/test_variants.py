@@ -14,6 +14,7 @@ from patchsae import SparseAutoencoder, sae_loss, train_steps, variants
 from patchsae.checkpoints import tensor_hash
 from patchsae.formats import read_sae, write_official, write_saelens
 from patchsae.recovery import latent_directions
+from patchsae.sae import ghost_loss
 from patchsae.train import Training, new_sae, run_key, train_sae
 
 D, S, K, N = 5, 32, 3, 7
@@ -165,7 +166,7 @@ def slow_loss(sae, p, tokens, lam, dead):
     if dead is not None:
         for i, z in enumerate(tokens):
             r = (z - z_hat[i]).detach()
-            g = torch.exp(pre[i][dead]) @ p["W_dec"][dead]
+            g = torch.exp(pre[i][dead] - max(0.0, pre[i][dead].max().item())) @ p["W_dec"][dead]
             g = g * ((r**2).sum().sqrt() / (2 * (g**2).sum().sqrt() + 1e-6)).detach()
             q = (g - r) ** 2 / (r**2).sum().sqrt()
             ghost = ghost + (q * (errors[-1][i] / (q + 1e-6)).detach()).mean() / len(tokens)
@@ -183,8 +184,8 @@ def test_loss_and_gradients_equal_the_slow_twin(double, activation, with_dead):
     mse, sparsity, ghost = slow_loss(sae, leaves, z, 0.03, dead)
     (mse + sparsity + ghost).backward()
     for found, expected in zip(losses[:3], (mse, sparsity, ghost)):
-        assert float(found) == pytest.approx(float(expected), rel=1e-10, abs=1e-14)
-    assert (float(losses.ghost) > 0) == with_dead and (float(losses.l1) > 0) == (activation == "jumprelu")
+        assert found.item() == pytest.approx(torch.as_tensor(expected).item(), rel=1e-10, abs=1e-14)
+    assert (losses.ghost.item() > 0) == with_dead and (losses.l1.item() > 0) == (activation == "jumprelu")
     for name, parameter in sae.named_parameters():
         assert leaves[name].grad.any()
         torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-9, atol=1e-12)
@@ -202,7 +203,7 @@ def test_gradients_equal_finite_differences(double, activation):
             for step in (1e-6, -1e-6):
                 with torch.no_grad():
                     parameter.view(-1)[at] += step
-                    ends.append(float(sae_loss(sae, z, 0.03).total))
+                    ends.append(sae_loss(sae, z, 0.03).total.item())
                     parameter.view(-1)[at] -= step
             assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(gradient.view(-1)[at].item(), rel=1e-4, abs=1e-8)
 
@@ -214,6 +215,24 @@ def test_jumprelu_estimates_the_gradient_of_the_expected_loss(double):
         theta = torch.tensor(0.8, requires_grad=True)
         function.apply(pre, theta).mean().backward()
         assert theta.grad.item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", OTHERS)
+def test_ghosts_of_silent_latents_far_above_zero(activation):
+    """A silent latent may have any pre-activation below the others: its ghost is finite, and that of the formula."""
+    sae, z = make(activation)
+    dead = torch.arange(S) < 4
+    plain = relu_twin(sae)
+    losses = sae_loss(sae, z, dead=dead)
+    m = (losses.z_hat - z).square() / z.norm(dim=-1, keepdim=True)
+    formula = ghost_loss(plain, z, plain.pre_activations(z), losses.z_hat, m, dead)
+    assert losses.ghost.item() == pytest.approx(formula.item(), rel=1e-4)
+    sae.b_enc.data[dead] = torch.tensor([100.0, 99, 101, 20])
+    sae.b_enc.data[~dead] = 200
+    losses = sae_loss(sae, z, dead=dead)
+    losses.total.backward()
+    assert losses.ghost.isfinite() and losses.ghost > 0
+    assert all(p.grad.isfinite().all() for p in sae.parameters()) and sae.W_dec.grad[:3].any()
 
 
 # Extremes -----------------------------------------------------------------------------------------------

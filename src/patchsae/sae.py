@@ -201,11 +201,16 @@ def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
-    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token.
+    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token. Other activations
+    than relu have silent latents far above 0, of which exp would be infinite: there the largest pre[dead] of a token is
+    subtracted first where it is positive, which only rescales g, and g is rescaled anyway.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
-    g = torch.exp(pre[..., dead]) @ sae.W_dec[dead]
+    pre = pre[..., dead]
+    if sae.activation != "relu":
+        pre = pre - pre.detach().amax(-1, keepdim=True).clamp_min(0)
+    g = torch.exp(pre) @ sae.W_dec[dead]
     g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
     # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
     q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)

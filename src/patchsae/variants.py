@@ -19,7 +19,7 @@ FIXED = ("topk", "batchtopk", "matryoshka")
 #: Those that choose latents over the whole batch in training, and by one threshold afterwards.
 BATCHED = ("batchtopk", "matryoshka")
 #: Where the thresholds of jumprelu start, and the width of the kernel that moves them, both in units of latents.
-FIRST_THRESHOLD, BANDWIDTH = 0.5, 0.5
+FIRST_THRESHOLD, BANDWIDTH = 0.5, 1.0
 #: Share of the batched variants' threshold that one training step leaves as it was.
 MEMORY = 0.99
 #: Divisors of the number of latents that give the prefixes of matryoshka.
