@@ -11,14 +11,16 @@ from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
 import patchsae.formats
+import patchsae.steps
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
-from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
+from patchsae.activations import token_batches
+from patchsae.buffer import TrainingTokens, epoch_rows, training_rows
 from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
+from patchsae.steps import Training
 from patchsae.train import (
     LOG_COLUMNS,
-    Training,
     committed_folder,
     committed_log,
     new_sae,
@@ -148,7 +150,7 @@ def test_no_warm_up():
 
 def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_update(monkeypatch):
     sae, seen = sleepy_sae(torch.float64), []
-    loss, step = patchsae.train.sae_loss, torch.optim.Adam.step
+    loss, step = patchsae.steps.sae_loss, torch.optim.Adam.step
 
     def checked_loss(sae, *args, **kwargs):
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(16, dtype=torch.float64))
@@ -159,7 +161,7 @@ def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_upda
         seen.append(bool(along < 1e-14) and bool(sae.W_dec.grad.abs().max() > 1e-4))
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(patchsae.train, "sae_loss", checked_loss)
+    monkeypatch.setattr(patchsae.steps, "sae_loss", checked_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", checked_step)
     train_steps(sae, tokens(12, torch.float64), lr=0.05, warmup=1, dead_after=2)
     assert seen == [True] * 12
@@ -236,7 +238,7 @@ def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monk
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
     computed = TrainingTokens(clip, pixel_data, -2)
-    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
+    monkeypatch.setattr("patchsae.buffer.MEMORY", 2**20)
     kept = TrainingTokens(clip, pixel_data, -2)
     assert kept.kept is not None and computed.kept is None
     torch.testing.assert_close(kept[rows], expected)
@@ -325,7 +327,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
 def _read_images_as_they_are_needed():
     """Tokens are not kept in memory here, so that an interruption can come between any two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsae.activations.MEMORY", 0)
+        patch.setattr("patchsae.buffer.MEMORY", 0)
         yield
 
 
@@ -385,14 +387,14 @@ def interrupt_once(monkeypatch, owner, name, at, after=False):
 @pytest.mark.parametrize(
     "owner, name, after",
     [
-        (patchsae.train, "sae_loss", False),
+        (patchsae.steps, "sae_loss", False),
         (torch.Tensor, "backward", True),
         (torch.optim.Adam, "step", False),
         (torch.optim.Adam, "step", True),
         (patchsae.train, "_log_row", False),
         (patchsae.train, "_log_row", True),
-        (patchsae.train, "save_tensors", False),
-        (patchsae.train, "save_tensors", True),
+        (patchsae.steps, "save_tensors", False),
+        (patchsae.steps, "save_tensors", True),
         (patchsae.train, "save_json", False),
         (patchsae.train, "write_atomically", True),
     ],

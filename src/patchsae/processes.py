@@ -1,5 +1,6 @@
 """Work shared between processes that ``accelerate launch`` started; without it, one process has all of it."""
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -37,3 +38,25 @@ def gathered(value) -> list:
     values = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Put into each tensor its mean over the processes."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= count()
+
+
+def anywhere(flags: torch.Tensor) -> torch.Tensor:
+    """Where a flag of any process holds."""
+    if count() == 1:
+        return flags
+    found = flags.to(torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.bool()
+
+
+def most(number: torch.Tensor) -> int:
+    """The largest of a number that each process has."""
+    return max(gathered(number.item()))

@@ -12,6 +12,9 @@ from torch import nn
 from patchsae import variants
 from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, write_folder
 
+#: Largest exponent of a ghost gradient.
+GHOST_EXPONENT = 20
+
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     """A sparse autoencoder of residual-stream tokens (eq. 1).
@@ -156,14 +159,16 @@ class Losses(NamedTuple):
     h: torch.Tensor
 
 
-def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None) -> Losses:
+def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None,
+             candidates: torch.Tensor | None = None) -> Losses:
     """The training loss (eq. 2), as it is coded by the authors.
 
         mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
         l1    = lambda * mean over tokens of ||h||_1
         total = mse + l1 + ghost
 
-    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term. Other activations than relu change two
+    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term; ``candidates [K]``: latents among which
+    all of those are, so that nobody has to wait for the device to count them. Other activations than relu change two
     terms. ``l1`` is lambda * mean over tokens of ||h||_0 for jumprelu, and 0 where the number of active latents is
     fixed. ``mse`` is for matryoshka the mean over its prefixes, of which the first n latents alone reconstruct z; z_hat
     and the ghost term are those of all latents. Nothing here changes the autoencoder: a training step of its own calls
@@ -172,12 +177,20 @@ def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: to
     pre = sae.pre_activations(z)
     h = sae.activate_in_training(pre)
     z_hat = sae.decode(h)
-    m = (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
-    mse, sparsity = m.mean(), l1 * _sparsity(sae, pre, h)
+    m = reconstruction_error(z, z_hat)
+    mse, sparsity, ghost = m.mean(), l1 * _sparsity(sae, pre, h), m.new_zeros(())
     if sae.activation == "matryoshka":
         mse = (mse + sum(_prefix_errors(sae, z, h))) / len(variants.prefixes(sae.n_latents))
-    ghost = mse.new_zeros(()) if dead is None or not dead.any() else ghost_loss(sae, z, pre, z_hat, m, dead)
+    if dead is not None and candidates is None:
+        candidates = dead.nonzero()[:, 0]
+    if candidates is not None and len(candidates):
+        ghost = ghost_loss(z, z_hat, m, pre[..., candidates], sae.W_dec[candidates], dead[candidates])
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
+
+
+def reconstruction_error(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
+    """m = (z_hat - z)^2 / ||z||_2 elementwise, with the norm of the token: ``[...,D]`` (eq. 2, as coded)."""
+    return (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
 
 
 def _sparsity(sae: SparseAutoencoder, pre: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -192,29 +205,30 @@ def _prefix_errors(sae: SparseAutoencoder, z: torch.Tensor, h: torch.Tensor) -> 
     """mse of the reconstructions from the first n latents alone, for every prefix shorter than all."""
     for n in variants.prefixes(sae.n_latents)[:-1]:
         z_hat = h[..., :n] @ sae.W_dec[:n] + sae.b_dec
-        yield ((z_hat - z).square() / z.norm(dim=-1, keepdim=True)).mean()
+        yield reconstruction_error(z, z_hat).mean()
 
 
-def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> torch.Tensor:
+def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
-    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token. Other activations
-    than relu have silent latents far above 0, of which exp would be infinite: there the largest pre[dead] of a token is
-    subtracted first where it is positive, which only rescales g, and g is rescaled anyway.
+    ``z, z_hat, m``: ``[...,D]``; of K latents ``pre``: ``[...,K]``, ``rows`` of W_dec: ``[K,D]`` and ``dead``: bool
+    ``[K]``, those that are; 0 if none is. Norms are per token. A dead latent of another activation than relu can be
+    far above 0 and below its threshold: where one is above ``GHOST_EXPONENT`` all of that token are lowered to it,
+    which keeps exp finite and changes nothing, since g is rescaled.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
-    pre = pre[..., dead]
-    if sae.activation != "relu":
-        pre = pre - pre.detach().amax(-1, keepdim=True).clamp_min(0)
-    g = torch.exp(pre) @ sae.W_dec[dead]
+    # exp of minus infinity is 0, for the values and for the gradients.
+    pre = pre.masked_fill(~dead, -torch.inf)
+    pre = pre - (pre.detach().amax(-1, keepdim=True) - GHOST_EXPONENT).clamp_min(0)
+    g = torch.exp(pre) @ rows
     g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
     # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
     q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)
-    return (q * (m / (q + 1e-6)).detach()).mean()
+    return (q * (m / (q + 1e-6)).detach()).mean() * dead.any()
 
 
 @torch.no_grad()
