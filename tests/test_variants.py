@@ -183,8 +183,8 @@ def test_loss_and_gradients_equal_the_slow_twin(double, activation, with_dead):
     mse, sparsity, ghost = slow_loss(sae, leaves, z, 0.03, dead)
     (mse + sparsity + ghost).backward()
     for found, expected in zip(losses[:3], (mse, sparsity, ghost)):
-        assert float(found) == pytest.approx(float(expected), rel=1e-10, abs=1e-14)
-    assert (float(losses.ghost) > 0) == with_dead and (float(losses.l1) > 0) == (activation == "jumprelu")
+        assert found.item() == pytest.approx(torch.as_tensor(expected).item(), rel=1e-10, abs=1e-14)
+    assert (losses.ghost.item() > 0) == with_dead and (losses.l1.item() > 0) == (activation == "jumprelu")
     for name, parameter in sae.named_parameters():
         assert leaves[name].grad.any()
         torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-9, atol=1e-12)
@@ -202,7 +202,7 @@ def test_gradients_equal_finite_differences(double, activation):
             for step in (1e-6, -1e-6):
                 with torch.no_grad():
                     parameter.view(-1)[at] += step
-                    ends.append(float(sae_loss(sae, z, 0.03).total))
+                    ends.append(sae_loss(sae, z, 0.03).total.item())
                     parameter.view(-1)[at] -= step
             assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(gradient.view(-1)[at].item(), rel=1e-4, abs=1e-8)
 
@@ -214,6 +214,21 @@ def test_jumprelu_estimates_the_gradient_of_the_expected_loss(double):
         theta = torch.tensor(0.8, requires_grad=True)
         function.apply(pre, theta).mean().backward()
         assert theta.grad.item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", OTHERS)
+def test_ghosts_of_silent_latents_far_above_zero(activation):
+    """A dead latent may have any pre-activation below the others: the loss stays finite, and that of the formula."""
+    sae, z = make(activation)
+    dead = torch.arange(S) < 4
+    sae.b_enc.data[dead] = torch.tensor([100.0, 99, 101, 60])  # exp is infinite in float32, but not in float64
+    sae.b_enc.data[~dead] = 200
+    losses = sae_loss(sae, z, dead=dead)
+    losses.total.backward()
+    sae = sae.double()
+    expected = slow_loss(sae, dict(sae.named_parameters()), z.double(), 8e-5, dead)[2]
+    assert losses.ghost.item() == pytest.approx(expected.item(), rel=1e-3) and losses.ghost > 0
+    assert all(p.grad.isfinite().all() for p in sae.parameters()) and sae.W_dec.grad[:3].any()
 
 
 # Extremes -----------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from torch import nn
 from patchsae import variants
 from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, write_folder
 
+#: Largest exponent of a ghost gradient.
+GHOST_EXPONENT = 20
+
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     """A sparse autoencoder of residual-stream tokens (eq. 1).
@@ -217,12 +220,16 @@ def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.T
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
     ``z, z_hat, m``: ``[...,D]``; of K latents ``pre``: ``[...,K]``, ``rows`` of W_dec: ``[K,D]`` and ``dead``: bool
-    ``[K]``, those that are; 0 if none is. Norms are per token.
+    ``[K]``, those that are; 0 if none is. Norms are per token. A dead latent of another activation than relu can be
+    far above 0 and below its threshold: where one is above ``GHOST_EXPONENT`` all of that token are lowered to it,
+    which keeps exp finite and changes nothing, since g is rescaled.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
     # exp of minus infinity is 0, for the values and for the gradients.
-    g = torch.exp(pre.masked_fill(~dead, -torch.inf)) @ rows
+    pre = pre.masked_fill(~dead, -torch.inf)
+    pre = pre - (pre.detach().amax(-1, keepdim=True) - GHOST_EXPONENT).clamp_min(0)
+    g = torch.exp(pre) @ rows
     g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
     # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
     q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)

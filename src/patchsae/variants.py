@@ -19,7 +19,7 @@ FIXED = ("topk", "batchtopk", "matryoshka")
 #: Those that choose latents over the whole batch in training, and by one threshold afterwards.
 BATCHED = ("batchtopk", "matryoshka")
 #: Where the thresholds of jumprelu start, and the width of the kernel that moves them, both in units of latents.
-FIRST_THRESHOLD, BANDWIDTH = 0.5, 0.5
+FIRST_THRESHOLD, BANDWIDTH = 0.5, 1.0
 #: Share of the batched variants' threshold that one training step leaves as it was.
 MEMORY = 0.99
 #: Divisors of the number of latents that give the prefixes of matryoshka.
@@ -45,7 +45,7 @@ def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
     tied = (least > 0) & (kept.sum(-1, keepdim=True) > k)
     if tied.any():
         above, equal = h > least, h == least
-        first = equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))
+        first = equal & (equal.cumsum(-1, dtype=torch.int32) <= k - above.sum(-1, keepdim=True))
         kept = torch.where(tied, above | first, kept)
     return h * kept
 
@@ -97,7 +97,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, threshold):
         ctx.save_for_backward(pre, threshold)
-        return (pre > threshold).to(pre.dtype)
+        return (pre > threshold).to(threshold.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
