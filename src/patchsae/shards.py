@@ -7,8 +7,8 @@ A cache is a folder, made once of one model, cut and data set::
                        what could not be read and why; what half precision cost
     manifest.json      written last, and publishes: what the cache was made of, sha256 of every sidecar
 
-Opening checks everything but the shards' bytes. These are checked image by image whenever they are read, and all at
-once by ``Cache.verify``.
+Opening checks everything but the shards' bytes. These are checked image by image when a process first reads them, and
+all at once by ``Cache.verify``.
 """
 
 import functools
@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -43,6 +44,8 @@ MISSING, MEND = "run `make cache` again, which makes it anew", "remove it and ru
 #: When a cache is verified, the tokens of the first of so many images are computed again, and may differ by this share
 #: of their norm: half precision, and sums in another order.
 EVERY, TOLERANCE = 64, 1e-2
+#: Batches whose memory is kept for others.
+SPARE = 8
 
 
 def cache_parts(clip: Clip, ds, layer: int) -> dict:
@@ -138,14 +141,16 @@ class _Shard:
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.images = np.frombuffer(self.map, np.uint8).reshape(-1, image_bytes)
+        self.checked = [False] * len(self.images)
 
     def copy(self, i: int, out: np.ndarray) -> None:
-        """Copy the bytes of an image, and check the copy: a page may come from the disk again at any time."""
+        """Copy the bytes of an image; the first copy of each is checked."""
         check_size(self.path, self.size)  # touching what is no longer there would end the process
         out[:] = self.images[i]
-        if zlib.crc32(out) != self.sidecar["crc32"][i]:
+        if not self.checked[i] and zlib.crc32(out) != self.sidecar["crc32"][i]:
             raise ValueError(f"{self.path} is damaged, the tokens of image {self.sidecar['ids'][i]} are not those that "
                              f"were written; {MEND}.")
+        self.checked[i] = True
 
 
 class Cache:
@@ -163,6 +168,7 @@ class Cache:
         readable[np.array(manifest["unreadable"], dtype=np.int64)] = False
         self.rows, self._place = np.flatnonzero(readable), np.where(readable, np.cumsum(readable) - 1, -1)
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.shards])
+        self._memory = _Memory()
         self._shard = functools.cache(lambda s: _Shard(self._path(s), self._sidecar(s), self.image_bytes))
         self._check_files()
 
@@ -200,11 +206,12 @@ class Cache:
             raise IndexError(f"Positions {rows.min()} to {rows.max()} are not all in this data set of "
                              f"{len(self._place)} images; choose others.")
         places = self._place[rows][self._place[rows] >= 0]
-        images = torch.empty(len(places), *self.shape, dtype=self.dtype, pin_memory=pin)
+        shape = len(places), self.image_bytes
+        memory = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if pin else self._memory(*shape)
         shards = np.searchsorted(self._starts, places, "right") - 1
-        for out, s, i in zip(as_bytes(images), shards.tolist(), (places - self._starts[shards]).tolist()):
+        for out, s, i in zip(memory.numpy(), shards.tolist(), (places - self._starts[shards]).tolist()):
             self._shard(s).copy(i, out)
-        return images
+        return memory.view(self.dtype).view(-1, *self.shape)
 
     def _path(self, s: int) -> Path:
         return self.folder / f"{self.shards[s]['name']}.bin"
@@ -256,6 +263,26 @@ class Cache:
     def _sidecar_of(self, place: int) -> Path:
         """The file that notes the image at this place."""
         return self._path(int(np.searchsorted(self._starts, place, "right")) - 1).with_suffix(".json")
+
+
+class _Memory:
+    """Memory for batches, used again when nothing refers to a batch any more: getting fresh pages from the operating
+    system takes longer than filling them."""
+
+    def __init__(self):
+        self.spare = deque(maxlen=SPARE)
+
+    def __call__(self, n: int, image_bytes: int) -> torch.Tensor:
+        """uint8 ``[n, image_bytes]``."""
+        try:
+            whole = self.spare.pop()
+        except IndexError:
+            whole = np.empty(0, np.uint8)
+        if len(whole) < n * image_bytes:
+            whole = np.empty(n * image_bytes, np.uint8)
+        part = whole[:n * image_bytes].reshape(n, image_bytes)
+        weakref.finalize(part, self.spare.append, whole).atexit = False  # the tensor holds ``part`` while it lives
+        return torch.from_numpy(part)
 
 
 def as_bytes(images: torch.Tensor) -> np.ndarray:
