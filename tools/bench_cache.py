@@ -2,8 +2,8 @@
 
 Both sides read the same made-up rows in float16, in the same shuffled batches of whole images, with as many workers:
 threads on our side, processes of a DataLoader on that of ``datasets``, which has them read one batch each ahead. Both
-hand over float16 tensors in memory. Ours checks every image in the first epoch, Arrow nothing. Files are in the memory of
-the operating system when they are read, unless ``--cold`` has it forget ours, once.
+hand over float16 tensors in memory. Ours checks every image in the first epoch, Arrow nothing. Files are in the memory
+of the operating system when they are read, unless ``--cold`` has it forget ours, once.
 """
 
 import argparse

@@ -128,18 +128,25 @@ class _Writer:
         if processes.rank() == 0:
             _clear(self.folder)
         self._met()
-        try:
-            for k, batches in self._by_shard([todo[i] for i in processes.share(len(todo))], title):
-                self._write_shard(k, batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+        if not self._written([todo[i] for i in processes.share(len(todo))], title):
             raise ChildProcessError("A process that reads images was lost, perhaps for want of memory; run again, the "
-                                    f"finished shards in {self.folder} are kept.") from error
+                                    f"finished shards in {self.folder} are kept.")
         self._met()
         if processes.rank() == 0:
             self._publish()
         self._met()
+
+    def _written(self, todo: list[int], title: str) -> bool:
+        """Write these shards; False where a process that reads images was lost. Raising that here would keep its
+        loader alive, which fails again whenever another of its processes ends."""
+        try:
+            for k, batches in self._by_shard(todo, title):
+                self._write_shard(k, batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            return False
+        return True
 
     def _met(self, value=None) -> list:
         """What every process gives; where one was lost, an error."""
@@ -299,14 +306,15 @@ def _is_alive(process: int) -> bool:
 
 # The command
 
-def _seconds(clip: Clip, ds, layer: int) -> float:
-    """About how long the pass over the data set takes: that of a few images, projected, over all processes."""
+def _time(clip: Clip, ds, layer: int) -> str:
+    """About how long the pass over the data set takes: as long as over a few images, projected to all processes."""
     few = np.arange(min(16, len(ds)))
     begin = time.perf_counter()
     for batch in read_pixels(clip, ds, [few]):
         with torch.no_grad():
             clip.below(batch.pixels, layer).cpu()
-    return (time.perf_counter() - begin) * len(ds) / len(few) / processes.count()
+    minutes = (time.perf_counter() - begin) / 60 * len(ds) / len(few) / processes.count()
+    return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} minutes"
 
 
 def _plan(clip: Clip, ds, layer: int, folder: Path, dtype: torch.dtype) -> str:
@@ -314,8 +322,8 @@ def _plan(clip: Clip, ds, layer: int, folder: Path, dtype: torch.dtype) -> str:
     size, there = cache_bytes(clip, len(ds), dtype), len([*folder.glob("shard-*.json")])
     return (f"The tokens of {len(ds):,} images after block {clip.block(layer)} take {gigabytes(size)} as "
             f"{str(dtype).removeprefix('torch.')} in {folder}, where {gigabytes(free_bytes(folder))} are free; {there} "
-            f"shards are there already. All of it takes about {_seconds(clip, ds, layer) / 3600:.2g} hours on "
-            f"{processes.count()} process{'es' * (processes.count() > 1)} like this one.")
+            f"shards are there already. All of it takes about {_time(clip, ds, layer)} on {processes.count()} "
+            f"process{'es' * (processes.count() > 1)} like this one.")
 
 
 def _agreed() -> bool:

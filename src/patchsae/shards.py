@@ -40,7 +40,7 @@ FORMAT, MANIFEST = 1, "manifest.json"
 DIFFERENT = {"model": "with another model", "block": "at another block", "preprocessing": "with other preprocessing",
              "images": "of other images"}
 #: What to do about a file that is missing or damaged.
-MISSING, MEND = "run `make cache` again, which makes it anew", "remove it and run `make cache` again"
+MISSING, MEND = "run `make cache`, which writes it", "remove it and run `make cache`, which writes it anew"
 #: When a cache is verified, the tokens of the first of so many images are computed again, and may differ by this share
 #: of their norm: half precision, and sums in another order.
 EVERY, TOLERANCE = 64, 1e-2
@@ -121,7 +121,7 @@ def read_manifest(folder: Path, parts: dict) -> dict:
     """What the manifest says, if it is of a cache that was made of these parts."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"There is no finished cache in {folder}, it has no {MANIFEST}; run `make cache`.")
+        raise FileNotFoundError(f"{path} is missing, so there is no finished cache; {MISSING}.")
     manifest = load_sealed(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {manifest.get('format')}, not {FORMAT}; remove {folder} and run "
