@@ -1,5 +1,6 @@
 """Work shared between processes that ``accelerate launch`` started; without it, one process has all of it."""
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -37,3 +38,9 @@ def gathered(value) -> list:
     values = [None] * count()
     dist.all_gather_object(values, value)
     return values
+
+
+def add_up(x: torch.Tensor) -> None:
+    """Replace ``x``, on the device that the launch gave this process, by its sum over all processes."""
+    if count() > 1:
+        dist.all_reduce(x)
