@@ -14,7 +14,9 @@ import torch
 from patchsae import onednn, processes
 from patchsae.activations import token_batches
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors
-from patchsae.clip import Clip
+from patchsae.clip import Clip, load_clip
+from patchsae.config import ROOT, device, start
+from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
@@ -285,3 +287,26 @@ def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     n = mask.sum(1, keepdim=True)
     mean = torch.where(mask, x, 0.0).sum(1, keepdim=True) / n
     return (torch.where(mask, x - mean, 0.0).square().sum(1) / n[:, 0]).sqrt()
+
+
+def main() -> None:
+    """``python -m patchsae.latents``, alone or through ``accelerate launch -m patchsae.latents``: compute and keep the
+    statistics that the notebooks ask for first, those of the profile's autoencoder on its training images."""
+    from patchsae.train import trained_sae
+
+    processes.join()
+    profile = start()
+    clip = load_clip(profile.model.name, device())
+    train = open_dataset(profile, profile.data.task, "train")
+    if processes.rank() == 0:
+        trained_sae(profile, clip, train)
+    processes.wait()
+    found = saved_latents(profile.run_dir, clip, trained_sae(profile, clip, train), train, profile.model.layer,
+                          profile.latents.tau, profile.latents.n_reference, profile.data.batch_images)
+    if processes.rank() == 0:
+        print(f"Statistics of {len(found.frequency)} latents on {found.n_images} images are in "
+              f"{profile.run_dir.relative_to(ROOT)}/; {found.n_unreadable} images could not be read.")
+
+
+if __name__ == "__main__":
+    main()
