@@ -17,6 +17,9 @@ def test_configurations_change_what_their_names_say():
     assert rows["expansion x2", 0].sae.expansion == 2 * profile.sae.expansion
     assert rows["ghost off", 0].sae.ghost is False
     assert rows["class token only", 0].sae.tokens == "cls"
+    activations = {name: rows[name, 0].sae.activation for name in ("TopK", "BatchTopK", "JumpReLU", "Matryoshka")}
+    assert activations == {name: name.lower() for name in activations}
+    assert rows["TopK", 0].sae.l1 == profile.sae.l1 and rows["JumpReLU", 0].sae.l1 != profile.sae.l1
     layers = {p.model.layer for (name, _), p in rows.items() if name.startswith("layer")}
     assert layers == set(profile.model.other_layers)
     assert rows["default", 0] == profile

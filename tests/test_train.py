@@ -11,14 +11,17 @@ from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
 import patchsae.formats
+import patchsae.sae
+import patchsae.steps
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
-from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
+from patchsae.activations import token_batches
+from patchsae.buffer import TrainingTokens, epoch_rows, training_rows
 from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
+from patchsae.steps import Training
 from patchsae.train import (
     LOG_COLUMNS,
-    Training,
     committed_folder,
     committed_log,
     new_sae,
@@ -148,7 +151,7 @@ def test_no_warm_up():
 
 def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_update(monkeypatch):
     sae, seen = sleepy_sae(torch.float64), []
-    loss, step = patchsae.train.sae_loss, torch.optim.Adam.step
+    loss, step = patchsae.sae.sae_loss, torch.optim.Adam.step
 
     def checked_loss(sae, *args, **kwargs):
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(16, dtype=torch.float64))
@@ -159,7 +162,7 @@ def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_upda
         seen.append(bool(along < 1e-14) and bool(sae.W_dec.grad.abs().max() > 1e-4))
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(patchsae.train, "sae_loss", checked_loss)
+    monkeypatch.setattr(patchsae.sae, "sae_loss", checked_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", checked_step)
     train_steps(sae, tokens(12, torch.float64), lr=0.05, warmup=1, dead_after=2)
     assert seen == [True] * 12
@@ -236,7 +239,7 @@ def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monk
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
     computed = TrainingTokens(clip, pixel_data, -2)
-    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
+    monkeypatch.setattr("patchsae.buffer.MEMORY", 2**20)
     kept = TrainingTokens(clip, pixel_data, -2)
     assert kept.kept is not None and computed.kept is None
     torch.testing.assert_close(kept[rows], expected)
@@ -325,7 +328,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
 def _read_images_as_they_are_needed():
     """Tokens are not kept in memory here, so that an interruption can come between any two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsae.activations.MEMORY", 0)
+        patch.setattr("patchsae.buffer.MEMORY", 0)
         yield
 
 
@@ -385,14 +388,14 @@ def interrupt_once(monkeypatch, owner, name, at, after=False):
 @pytest.mark.parametrize(
     "owner, name, after",
     [
-        (patchsae.train, "sae_loss", False),
+        (patchsae.sae, "sae_loss", False),
         (torch.Tensor, "backward", True),
         (torch.optim.Adam, "step", False),
         (torch.optim.Adam, "step", True),
         (patchsae.train, "_log_row", False),
         (patchsae.train, "_log_row", True),
-        (patchsae.train, "save_tensors", False),
-        (patchsae.train, "save_tensors", True),
+        (patchsae.steps, "save_tensors", False),
+        (patchsae.steps, "save_tensors", True),
         (patchsae.train, "save_json", False),
         (patchsae.train, "write_atomically", True),
     ],
@@ -608,3 +611,33 @@ def test_global_generators_do_not_matter_and_are_left_alone(whole, clip, tmp_pat
         np.random.get_state()[1].sum(),
     )
     assert before == after
+
+
+def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monkeypatch):
+    """What a GPU finds too late: the steps since the last checkpoint are taken again, with twice the room."""
+    profile, ds = whole[:2]
+    original, rooms = patchsae.steps.Training.look, []
+
+    def look(self):
+        if self.steps_done == 7 and len(rooms) < 2:
+            rooms.append(self.room)
+            raise patchsae.steps.TooManyActive
+        original(self)
+
+    monkeypatch.setattr(patchsae.steps.Training, "look", look)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+    assert rooms == [3, 6]
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    """``python -m patchsae.train --profile mini`` trains where the notebooks look for it."""
+    seen = []
+    monkeypatch.setattr(patchsae.train, "train_sae", lambda profile, clip, ds, folder: seen.append((profile, folder)))
+    monkeypatch.setattr("sys.argv", ["train", "--profile", "mini"])
+    patchsae.train.main()
+    (profile, folder), = seen
+    assert profile.name == "mini" and str(folder.relative_to(patchsae.train.ROOT)) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["train", "--profile", "none"])
+    with pytest.raises(SystemExit) as error:
+        patchsae.train.main()
+    assert one_sentence(str(error.value))

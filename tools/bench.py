@@ -71,7 +71,8 @@ class Inputs:
 
     def data_set(self, images: torch.Tensor) -> ArrayDataset:
         """Images or pixels as our code takes them."""
-        return ArrayDataset(images.cpu(), self.labels.tolist(), class_names=tuple(map(str, range(self.size.classes))))
+        labels = self.labels[:len(images)].tolist()
+        return ArrayDataset(images.cpu(), labels, class_names=tuple(map(str, range(self.size.classes))))
 
     @torch.no_grad()
     def tokens(self) -> torch.Tensor:
@@ -159,8 +160,7 @@ def timed(device: str, work, times: int = 1) -> tuple[float, object]:
 def statistics_ours(x: Inputs, device: str) -> dict:
     """One pass, as anybody calls it."""
     def work(n):
-        few = ArrayDataset(x.pixels[:n].cpu(), x.labels[:n].tolist(), class_names=tuple(map(str, range(x.size.classes))))
-        return collect_latents(x.clip, x.sae, few, LAYER, TAU, K, x.size.batch)
+        return collect_latents(x.clip, x.sae, x.data_set(x.pixels[:n]), LAYER, TAU, K, x.size.batch)
 
     work(1)  # starts threads and loads libraries
     seconds, lat = timed(device, lambda: work(len(x.pixels)))
@@ -217,11 +217,15 @@ def steps(x: Inputs, device: str, step) -> dict:
 
 def step_ours(x: Inputs, device: str) -> dict:
     """``Training`` as the profile's training calls it; on a GPU in the precision of the paper's profile."""
-    asked = {"precision": "bf16"} if device == "cuda" else {}
-    known = inspect.signature(Training).parameters
-    training = Training(x.sae, l1=L1, dead_after=DEAD_AFTER, **{k: v for k, v in asked.items() if k in known})
-    training.quiet = x.quiet.clone()
+    training = our_training(x, device)
     return steps(x, device, lambda z: training.step(z).total)
+
+
+def our_training(x: Inputs, device: str) -> Training:
+    """``Training`` with some latents dead from the start."""
+    training = Training(x.sae, l1=L1, dead_after=DEAD_AFTER, precision="bf16" if device == "cuda" else "float32")
+    training.quiet = x.quiet.clone()
+    return training
 
 
 def step_plain(x: Inputs, device: str) -> dict:
@@ -309,8 +313,7 @@ def tokens_differ(ours: dict, plain: dict) -> str:
 
 def images_ours(x: Inputs, device: str) -> dict:
     """A training step from uint8 images: crop, normalise on the device, tokens below the cut, one step."""
-    training = Training(x.sae, l1=L1, dead_after=DEAD_AFTER)
-    training.quiet = x.quiet.clone()
+    training = our_training(x, device)
     ds, rows = x.data_set(x.images), np.array_split(np.arange(len(x.images)), -(-len(x.images) // x.size.batch))
 
     def work():

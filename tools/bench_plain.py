@@ -1,8 +1,8 @@
 """What ``tools/bench.py`` compares with: the published algorithms in straightforward PyTorch.
 
 Batched, without gradients where none are needed and without loops over latents, but with nothing of this repository's
-in them but the weights: the whole CLIP runs where its block 11 is wanted, an autoencoder makes dense ``[B,T,S]`` tensors
-and always encodes and decodes, and statistics and class counts are two programs that each start from the images.
+in them but the weights: the whole CLIP runs where its block 11 is wanted, an autoencoder makes dense ``[B,T,S]``
+tensors and always encodes and decodes, and statistics and class counts are two programs that each start from the images.
 """
 
 import torch
@@ -24,7 +24,9 @@ class PlainSae(nn.Module):
         h = torch.relu(pre)
         z_hat = h @ self.W_dec + self.b_dec
         m = (z_hat - z).pow(2) / z.norm(dim=-1, keepdim=True)
-        ghost = self.ghost(z, pre, z_hat, m, dead) if dead is not None and dead.any() else torch.zeros((), device=z.device)
+        ghost = m.new_zeros(())
+        if dead is not None and dead.any():
+            ghost = self.ghost(z, pre, z_hat, m, dead)
         mse, l1 = m.mean(), self.l1 * h.abs().sum(-1).mean()
         return {"total": mse + l1 + ghost, "mse": mse, "l1": l1, "ghost": ghost, "h": h, "z_hat": z_hat}
 

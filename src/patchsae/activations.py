@@ -1,8 +1,7 @@
 """From images to tokens: streaming a data set through the part of the model below the cut."""
 
-import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -97,11 +96,22 @@ def read_pixels(clip: Clip, ds, batches: list[np.ndarray]) -> Iterator[PixelBatc
     # A generator of its own: without one, a loader would draw from the global one.
     loader = DataLoader(_Reader(ds, clip.crop, batches), batch_size=None, collate_fn=tuple, num_workers=workers,
                         pin_memory=clip.device.type == "cuda", generator=torch.Generator())
-    for *batch, unreadable in loader:
+    for *batch, unreadable in _alive(loader):
         if unreadable:
             _tolerate(ds, unreadable)
         if batch[0] is not None:
             yield _finish(clip, *batch)
+
+
+def _alive(loader: DataLoader) -> Iterator[tuple]:
+    """What a loader gives; a lost worker process is one sentence."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError("A process that reads images was ended from outside, perhaps for want of memory; run it "
+                           "again, and it goes on where it was.") from error
 
 
 def _tolerate(ds, unreadable: dict[int, str]) -> None:
@@ -142,60 +152,3 @@ def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str
             raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) gives tokens that are not finite; "
                              "check its pixels and the model's weights.")
         yield TokenBatch(z, *batch[1:])
-
-
-def epoch_rows(n: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of one epoch over n images: a permutation that depends on the seed and the epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray:
-    """Positions of the images of one training step.
-
-    A function of its arguments, so that a resumed run goes on with the batch it would have had. Every image is
-    used once per epoch; a batch may straddle two epochs.
-    """
-    if n == 0:
-        raise ValueError("The data set is empty; give one with at least one image.")
-    places = np.arange(step * batch_images, (step + 1) * batch_images)
-    epochs = {int(e): epoch_rows(n, int(e), seed) for e in np.unique(places // n)}
-    return np.array([epochs[int(p // n)][p % n] for p in places])
-
-
-class TrainingTokens:
-    """Image tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
-
-    Where all of them fit into ``MEMORY`` bytes they are computed once, in the data set's order, and kept;
-    otherwise they are computed whenever they are asked for. Either way the same rows give the same bytes again, so
-    that a resumed training goes on as it would have.
-    """
-
-    def __init__(self, clip: Clip, ds, layer: int):
-        self.clip, self.ds, self.layer, self.kept = clip, ds, layer, None
-        if 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
-            kept = list(token_batches(clip, ds, layer, title="tokens of the images"))
-            self.kept = torch.cat([batch.z[:, :clip.n_tokens] for batch in kept])
-            read = np.concatenate([batch.rows for batch in kept])
-            self.place = np.full(len(ds), -1)
-            self.place[read] = np.arange(len(read))
-
-    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
-        return next(self.batches([rows]))
-
-    def batches(self, rows: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """The tokens of each batch of positions; images that cannot be read are left out."""
-        if self.kept is None:
-            for batch in read_pixels(self.clip, self.ds, list(rows)):
-                with torch.no_grad():
-                    z = self.clip.below(batch.pixels, self.layer)
-                yield z[:, :self.clip.n_tokens]
-            return
-        for part in rows:
-            places = self.place[part]
-            yield self.kept[torch.from_numpy(places[places >= 0])]
-
-
-@functools.lru_cache(maxsize=1)
-def training_tokens(clip: Clip, ds, layer: int) -> TrainingTokens:
-    """The tokens of a model and data set at a layer; the last ones asked for are kept."""
-    return TrainingTokens(clip, ds, layer)

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 
-from patchsae.activations import token_batches, training_rows, training_tokens
+from patchsae.activations import token_batches
+from patchsae.buffer import training_rows, training_tokens
 from patchsae.clip import Clip
 from patchsae.config import Profile
 from patchsae.recovery import Directions, Split, latent_directions
-from patchsae.train import Training, new_sae
+from patchsae.steps import Training
+from patchsae.train import new_sae
 
 #: Tokens that k-means and the principal components are computed from, at most.
 MOST_TOKENS = 2**17

@@ -67,7 +67,7 @@ def reference_pass(explorer: Explorer, latents: Sequence[int], batch_images: int
             small[int(row)] = _small(shown[i])
             mine = np.unravel_index(order[first[at + i]:last[at + i]], rows.shape)
             of = [latents[n] for n in mine[0]]
-            heat = torch.relu((z[i] - sae.b_dec) @ sae.W_enc[:, of] + sae.b_enc[of])
+            heat = sae.encode_some(z[i], of)
             masks[mine] = _shares(heat).T.reshape(-1, g, g)
     return small, masks
 

@@ -211,8 +211,7 @@ class Explorer:
             raise ValueError(f"The reference images of latent {latent} are other images in this data set; use the "
                              "data set that the statistics were taken of.")
         z = self.clip.below(batch.pixels, self.layer)[:, 1:self.clip.n_tokens]
-        pre = (z - self.sae.b_dec) @ self.sae.W_enc[:, latent] + self.sae.b_enc[latent]
-        heats = torch.relu(pre).unflatten(1, (g, g)).cpu().numpy()
+        heats = self.sae.encode_some(z, latent).unflatten(1, (g, g)).cpu().numpy()
         return References(as_seen(self.clip, batch.pixels), heats, batch.labels.tolist())
 
     def _thumbnail(self, latent: int) -> np.ndarray:

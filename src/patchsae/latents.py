@@ -18,6 +18,7 @@ from patchsae.clip import Clip, load_clip
 from patchsae.config import ROOT, device, start
 from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder
+from patchsae.train import trained_sae
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
 MIN_REFERENCE = 10
@@ -124,7 +125,7 @@ def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: i
 
 def latents_key(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float, n_reference: int, tokens: str) -> str:
     """Hash of everything that decides the statistics, the code among it: a kept result must not outlive it."""
-    rooms = ("latents.py", "onednn.py", "activations.py", "sae.py", "clip.py")
+    rooms = ("latents.py", "onednn.py", "activations.py", "sae.py", "variants.py", "clip.py")
     code = [Path(__file__).with_name(name).read_text() for name in rooms]
     key = [clip.fingerprint(), sae.fingerprint(), ds.fingerprint(), clip.block(layer), tau, n_reference, tokens, *code]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -167,8 +168,7 @@ class _Encoder:
     def __init__(self, sae: SparseAutoencoder):
         self.sae = sae
         # Another activation than relu may depend on all latents of a token.
-        relu = getattr(sae, "activation", "relu") == "relu"
-        in_parts = relu and sae.n_latents >= 2 * LATENTS_AT_ONCE and onednn.serves(sae.W_enc.T)
+        in_parts = sae.activation == "relu" and sae.n_latents >= 2 * LATENTS_AT_ONCE and onednn.serves(sae.W_enc.T)
         self.rows = sae.W_enc.detach().T.contiguous() if in_parts else None
 
     def image_level(self, z: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,15 +292,10 @@ def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """``python -m patchsae.latents``, alone or through ``accelerate launch -m patchsae.latents``: compute and keep the
     statistics that the notebooks ask for first, those of the profile's autoencoder on its training images."""
-    from patchsae.train import trained_sae
-
     processes.join()
     profile = start()
     clip = load_clip(profile.model.name, device())
     train = open_dataset(profile, profile.data.task, "train")
-    if processes.rank() == 0:
-        trained_sae(profile, clip, train)
-    processes.wait()
     found = saved_latents(profile.run_dir, clip, trained_sae(profile, clip, train), train, profile.model.layer,
                           profile.latents.tau, profile.latents.n_reference, profile.data.batch_images)
     if processes.rank() == 0:

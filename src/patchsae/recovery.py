@@ -43,7 +43,8 @@ class Directions(NamedTuple):
         score = (z - centre) @ weight + bias        z - centre brought to unit length first where ``unit``
 
     ``centre [D]``, ``weight [D,S]``, ``bias [S]``. A sparse method is cut at 0; the scores of any other are made
-    positive by a function that keeps their order (softplus), so that every threshold counts.
+    positive by a function that keeps their order (softplus), so that every threshold counts. The latents of ``sae`` are
+    cut as its activation says.
     """
 
     centre: torch.Tensor
@@ -51,9 +52,13 @@ class Directions(NamedTuple):
     bias: torch.Tensor
     sparse: bool = True
     unit: bool = False
+    sae: SparseAutoencoder | None = None
 
+    @torch.no_grad()
     def scores(self, z: torch.Tensor, part=slice(None)) -> torch.Tensor:
         """Scores of some candidates on tokens: ``[...,D] -> [...,part]``."""
+        if self.sae is not None:
+            return self.sae.encode_some(z, part)
         x = F.normalize(z - self.centre, dim=-1) if self.unit else z - self.centre
         x = x @ self.weight[:, part] + self.bias[part]
         return torch.relu(x) if self.sparse else F.softplus(x)
@@ -61,7 +66,7 @@ class Directions(NamedTuple):
 
 def latent_directions(sae: SparseAutoencoder) -> Directions:
     """The latents of an autoencoder as candidates."""
-    return Directions(*(p.detach() for p in (sae.b_dec, sae.W_enc, sae.b_enc)))
+    return Directions(*(p.detach() for p in (sae.b_dec, sae.W_enc, sae.b_enc)), sae=sae)
 
 
 class Split(NamedTuple):

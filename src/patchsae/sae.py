@@ -1,6 +1,7 @@
 """The sparse autoencoder, its loss and its metrics (sec. 3.1, eq. 1-2)."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +9,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from patchsae.checkpoints import tensor_hash
-from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, write_folder
+from patchsae import variants
+from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, write_folder
+
+#: Largest exponent of a ghost gradient.
+GHOST_EXPONENT = 20
 
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
@@ -19,19 +23,29 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         z_hat = h W_dec + b_dec
 
     ``W_enc [D,S]``, ``b_enc [S]``, ``W_dec [S,D]`` with rows of unit length, ``b_dec [D]``.
+
+    ``activation``: what stands in the place of relu, one of ``variants``; ``k``: active latents per token of those that
+    fix it. Jumprelu has thresholds ``exp(log_threshold [S])``; batchtopk and matryoshka one ``threshold []``, which
+    training estimates.
     """
 
-    def __init__(self, d_model: int, n_latents: int, generator: torch.Generator | None = None):
+    def __init__(self, d_model: int, n_latents: int, generator: torch.Generator | None = None,
+                 activation: str = "relu", k: int = 0):
         super().__init__()
         self.d_model, self.n_latents = d_model, n_latents
+        self.activation, self.k = activation, variants.checked_k(activation, k, n_latents)
         self.W_enc = nn.Parameter(_kaiming(d_model, n_latents, generator))
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(_kaiming(n_latents, d_model, generator))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+        if activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((n_latents,), variants.FIRST_THRESHOLD).log())
+        if activation in variants.BATCHED:
+            self.register_buffer("threshold", torch.zeros(()))
         self.normalise_decoder()
 
     def pre_activations(self, z: torch.Tensor) -> torch.Tensor:
-        """What the relu is applied to: ``[...,D] -> [...,S]``."""
+        """What the activation is applied to: ``[...,D] -> [...,S]``."""
         if z.shape[-1] != self.d_model:
             raise ValueError(f"Tokens have width {z.shape[-1]}, but this autoencoder was made for {self.d_model}; "
                              "use one trained on this model.")
@@ -39,7 +53,29 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Tokens to latents: ``[...,D] -> [...,S]``."""
-        return torch.relu(self.pre_activations(z))
+        return self.activate(self.pre_activations(z))
+
+    def encode_some(self, z: torch.Tensor, latents) -> torch.Tensor:
+        """Some of the latents alone, an index or several: ``[...,D] -> [...]`` or ``[...,n]``."""
+        if self.activation == "topk":  # whether a latent is among the k largest depends on all of them
+            return self.encode(z)[..., latents]
+        return self._cut((z - self.b_dec) @ self.W_enc[:, latents] + self.b_enc[latents], latents)
+
+    def activate(self, pre: torch.Tensor) -> torch.Tensor:
+        """Pre-activations to latents, each token by itself, in training mode as well: ``[...,S] -> [...,S]``."""
+        return variants.top_k(pre, self.k) if self.activation == "topk" else self._cut(pre)
+
+    def activate_in_training(self, pre: torch.Tensor) -> torch.Tensor:
+        """The same as the loss has it: batchtopk and matryoshka choose the k N largest of all N tokens ``[...,S]``."""
+        return variants.batch_top_k(pre, self.k) if self.activation in variants.BATCHED else self.activate(pre)
+
+    def _cut(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+        """What is above 0 and, but for relu, above the latents' thresholds: ``[...,n] -> [...,n]``."""
+        if self.activation == "relu":
+            return torch.relu(pre)
+        if self.activation == "jumprelu":
+            return variants.JumpReLU.apply(pre, self.log_threshold[latents].exp())
+        return variants.JumpReLU.apply(pre, self.threshold)
 
     def decode(self, h: torch.Tensor) -> torch.Tensor:
         """Latents to tokens: ``[...,S] -> [...,D]``."""
@@ -48,6 +84,11 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Reconstruct tokens: ``[...,D] -> [...,D]``."""
         return self.decode(self.encode(z))
+
+    def losses(self, z: torch.Tensor, l1: float, dead: torch.Tensor | None = None,
+               candidates: torch.Tensor | None = None) -> "Losses":
+        """``sae_loss`` as a method, before which weights that are sharded over devices are put together."""
+        return sae_loss(self, z, l1, dead, candidates)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -60,16 +101,22 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
         self.W_dec.grad -= along * self.W_dec
 
+    @torch.no_grad()
+    def update_threshold(self, h: torch.Tensor) -> None:
+        """After a training step with latents ``[...,S]``: batchtopk and matryoshka remember the smallest one kept."""
+        if self.activation in variants.BATCHED:
+            self.threshold.copy_(variants.moved_threshold(self.threshold, h))
+
     def fingerprint(self) -> str:
-        """Hash of all weights; statistics carry it."""
-        return tensor_hash(self.state_dict())
+        """Hash of all weights, and of another activation than relu; statistics carry it."""
+        return sae_hash(self.state_dict(), self.activation, self.k)
 
     def save_pretrained(self, folder: str | Path, **push) -> None:
         """Write ``config.json`` and then ``sae.safetensors``, which makes the pair complete, to a folder.
 
         ``push_to_hub("user/name")`` comes here with arguments of its own, and wants a model card beside the two.
         """
-        write_folder(folder, self.state_dict())
+        write_folder(folder, self.state_dict(), self.activation, self.k)
         if push:
             self.generate_model_card().save(Path(folder) / "README.md")
 
@@ -80,7 +127,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         What was found in the file stands in ``sae.report``.
         """
         tensors, report = read_sae(path if Path(path).exists() else _from_hub(str(path), revision), device)
-        sae = cls(*tensors["W_enc"].shape).to(device)
+        sae = cls(*tensors["W_enc"].shape, activation=report["activation"], k=report["k"]).to(device)
         sae.load_state_dict(tensors)
         sae.report = report
         if not report["verified"] and report["format"] != OWN_FORMAT:
@@ -107,7 +154,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 class Losses(NamedTuple):
-    """Scalars ``mse``, ``l1`` (weighted), ``ghost``, ``total``; ``z_hat [...,D]`` and ``h [...,S]``."""
+    """Scalars ``mse``, ``l1`` (sparsity, weighted), ``ghost``, ``total``; ``z_hat [...,D]`` and ``h [...,S]``."""
 
     mse: torch.Tensor
     l1: torch.Tensor
@@ -117,39 +164,76 @@ class Losses(NamedTuple):
     h: torch.Tensor
 
 
-def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None) -> Losses:
+def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None,
+             candidates: torch.Tensor | None = None) -> Losses:
     """The training loss (eq. 2), as it is coded by the authors.
 
         mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
         l1    = lambda * mean over tokens of ||h||_1
         total = mse + l1 + ghost
 
-    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term.
+    ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term; ``candidates [K]``: latents among which
+    all of those are, so that nobody has to wait for the device to count them. Other activations than relu change two
+    terms. ``l1`` is lambda * mean over tokens of ||h||_0 for jumprelu, and 0 where the number of active latents is
+    fixed. ``mse`` is for matryoshka the mean over its prefixes, of which the first n latents alone reconstruct z; z_hat
+    and the ghost term are those of all latents. Nothing here changes the autoencoder: a training step of its own calls
+    ``sae.update_threshold(h)`` besides.
     """
     pre = sae.pre_activations(z)
-    h = torch.relu(pre)
+    h = sae.activate_in_training(pre)
     z_hat = sae.decode(h)
-    m = (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
-    mse, sparsity = m.mean(), l1 * h.sum(-1).mean()
-    ghost = mse.new_zeros(()) if dead is None or not dead.any() else ghost_loss(sae, z, pre, z_hat, m, dead)
+    m = reconstruction_error(z, z_hat)
+    mse, sparsity, ghost = m.mean(), l1 * _sparsity(sae, pre, h), m.new_zeros(())
+    if sae.activation == "matryoshka":
+        mse = (mse + sum(_prefix_errors(sae, z, h))) / len(variants.prefixes(sae.n_latents))
+    if dead is not None and candidates is None:
+        candidates = dead.nonzero()[:, 0]
+    if candidates is not None and len(candidates):
+        ghost = ghost_loss(z, z_hat, m, pre[..., candidates], sae.W_dec[candidates], dead[candidates])
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
 
 
-def ghost_loss(sae: SparseAutoencoder, z, pre, z_hat, m, dead: torch.Tensor) -> torch.Tensor:
+def reconstruction_error(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
+    """m = (z_hat - z)^2 / ||z||_2 elementwise, with the norm of the token: ``[...,D]`` (eq. 2, as coded)."""
+    return (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
+
+
+def _sparsity(sae: SparseAutoencoder, pre: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """What lambda weighs, a mean over tokens: the L1 norm, for jumprelu the L0, or 0 where k is fixed."""
+    if sae.activation in variants.FIXED:
+        return h.new_zeros(())
+    active = variants.Step.apply(pre, sae.log_threshold.exp()) if sae.activation == "jumprelu" else h
+    return active.sum(-1).mean()
+
+
+def _prefix_errors(sae: SparseAutoencoder, z: torch.Tensor, h: torch.Tensor) -> Iterator[torch.Tensor]:
+    """mse of the reconstructions from the first n latents alone, for every prefix shorter than all."""
+    for n in variants.prefixes(sae.n_latents)[:-1]:
+        z_hat = h[..., :n] @ sae.W_dec[:n] + sae.b_dec
+        yield reconstruction_error(z, z_hat).mean()
+
+
+def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
-    ``z, z_hat, m``: ``[...,D]``; ``pre``: ``[...,S]``; ``dead``: bool ``[S]``. Norms are per token.
+    ``z, z_hat, m``: ``[...,D]``; of K latents ``pre``: ``[...,K]``, ``rows`` of W_dec: ``[K,D]`` and ``dead``: bool
+    ``[K]``, those that are; 0 if none is. Norms are per token. A dead latent of another activation than relu can be
+    far above 0 and below its threshold: where one is above ``GHOST_EXPONENT`` all of that token are lowered to it,
+    which keeps exp finite and changes nothing, since g is rescaled.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
-    g = torch.exp(pre[..., dead]) @ sae.W_dec[dead]
+    # exp of minus infinity is 0, for the values and for the gradients.
+    pre = pre.masked_fill(~dead, -torch.inf)
+    pre = pre - (pre.detach().amax(-1, keepdim=True) - GHOST_EXPONENT).clamp_min(0)
+    g = torch.exp(pre) @ rows
     g = g * (size / (2 * g.norm(dim=-1, keepdim=True) + 1e-6)).detach()
     # A token that is reconstructed exactly has r = g = 0; the clamp makes its q 0 rather than 0 / 0.
     q = (g - r).square() / size.clamp_min(torch.finfo(size.dtype).tiny)
-    return (q * (m / (q + 1e-6)).detach()).mean()
+    return (q * (m / (q + 1e-6)).detach()).mean() * dead.any()
 
 
 @torch.no_grad()

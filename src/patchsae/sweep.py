@@ -16,10 +16,14 @@ from patchsae.datasets import open_dataset, templates
 from patchsae.fidelity import measure
 from patchsae.train import committed_folder, new_sae, run_folder, run_key, train_sae
 
+#: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.
+ACTIVATIONS = {"TopK": {"activation": "topk"}, "BatchTopK": {"activation": "batchtopk"},
+               "JumpReLU": {"activation": "jumprelu", "l1": 1.5}, "Matryoshka": {"activation": "matryoshka"}}
 #: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
 CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
            "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
-           "b_dec geometric median": {"b_dec": "geometric_median"}, "class token only": {"tokens": "cls"}}
+           "b_dec geometric median": {"b_dec": "geometric_median"}, "class token only": {"tokens": "cls"},
+           **ACTIVATIONS}
 #: These are factors on the profile's value, the others values.
 FACTORS = ("l1", "expansion")
 #: Autoencoders that other notebooks look into.
