@@ -46,6 +46,12 @@ def gathered(value) -> list:
     return values
 
 
+def add_up(x: torch.Tensor) -> None:
+    """Replace ``x``, on the device that the launch gave this process, by its sum over all of them."""
+    if count() > 1:
+        dist.all_reduce(x)
+
+
 def average(tensors: list[torch.Tensor]) -> None:
     """Put into each tensor its mean over the processes; gradients of sharded weights are means already."""
     if count() > 1:
