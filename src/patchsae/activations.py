@@ -111,8 +111,10 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
     """What a loader gives; a lost worker process is one sentence."""
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # What a data set itself raised is passed on, marked as caught in a worker.
+        lost = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))
+        if not lost or "Caught" in str(error):
             raise
         raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
                          "from what is finished.") from None
