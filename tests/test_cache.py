@@ -393,7 +393,8 @@ def test_it_is_said_what_differs(world, name):
 
 
 def test_there_is_no_cache_without_a_manifest(clip, pixel_data, tmp_path):
-    refusal(FileNotFoundError, lambda: open_cache(clip, pixel_data, LAYER, tmp_path), "manifest.json", "no finished cache", "make cache")
+    said = ("manifest.json", "no finished cache", "make cache")
+    refusal(FileNotFoundError, lambda: open_cache(clip, pixel_data, LAYER, tmp_path), *said)
 
 
 def test_a_cache_of_a_later_format(made, clip, pixel_data):

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from patchsae import processes
-from patchsae.activations import MOST_UNREADABLE, read_pixels
+from patchsae.activations import MOST_UNREADABLE, LostWorker, read_pixels
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import Profile, device, start
@@ -142,9 +142,7 @@ class _Writer:
         try:
             for k, batches in self._by_shard(todo, title):
                 self._write_shard(k, batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+        except LostWorker:
             return False
         return True
 
@@ -337,9 +335,10 @@ def _agreed() -> bool:
     return processes.gathered(answer)[0].strip().lower() in ("y", "yes")
 
 
-def run(yes: bool, dtype: torch.dtype, verify: bool) -> str:
+def run(yes: bool, kind: str | None, verify: bool) -> str:
     """Write the profile's cache, or verify it; returns what was done."""
     profile = start()
+    dtype = getattr(torch, kind or profile.data.cache or "float16")
     clip, layer = load_clip(profile.model.name, device()), profile.model.layer
     ds = open_dataset(profile, profile.data.task, "train")
     folder = cache_folder(profile, clip, ds)
@@ -364,12 +363,12 @@ def main() -> None:
     """Ask how, and say what was done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--yes", action="store_true", help="write without asking")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--verify", action="store_true", help="check every byte and every image of the cache instead")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
+    parser.add_argument("--verify", action="store_true", help="check every byte and image of the cache instead")
     arguments = parser.parse_args()
     processes.join()
     try:
-        done = run(arguments.yes, getattr(torch, arguments.dtype), arguments.verify)
+        done = run(arguments.yes, arguments.dtype, arguments.verify)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     if processes.rank() == 0:

@@ -15,12 +15,15 @@ import torch
 from tqdm.auto import tqdm
 
 from patchsae import processes
+from patchsae.activations import LostWorker
 from patchsae.buffer import training_batches
+from patchsae.cache import cache_folder
 from patchsae.checkpoints import load_json, save_json, write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import ROOT, Profile, device, start
 from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder, initial_b_dec
+from patchsae.shards import Cache, open_cache
 from patchsae.steps import Step, TooManyActive, Training
 
 LOG_COLUMNS = ["step", *Step._fields]
@@ -78,7 +81,7 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
     bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
                disable=processes.rank() > 0 or None)
     with bar:
-        for z in training_batches(profile, clip, ds, range(training.steps_done, steps)):
+        for z in training_batches(profile, clip, ds, range(training.steps_done, steps), cache(profile, clip, ds)):
             recent.append(training.step(z))
             bar.update()
             due = training.steps_done % profile.sae.save_every == 0 or training.steps_done == steps
@@ -92,6 +95,17 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
                 if not training.looked:
                     training.look()
                 _save(training, log, folder, key)
+
+
+def cache(profile: Profile, clip: Clip, ds) -> Cache | None:
+    """The disk cache that the profile trains on, if it does."""
+    if not profile.data.cache:
+        return None
+    found = open_cache(clip, ds, profile.model.layer, cache_folder(profile, clip, ds))
+    if found.manifest["dtype"] != profile.data.cache:
+        raise ValueError(f"{found.folder} is in {found.manifest['dtype']}, but the profile asks for "
+                         f"{profile.data.cache}; change data.cache, or remove the folder and run `make cache`.")
+    return found
 
 
 def _given(profile: Profile, clip: Clip, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
@@ -193,7 +207,7 @@ def main() -> None:
         train = open_dataset(profile, profile.data.task, "train")
         folder = run_folder(profile, clip)
         train_sae(profile, clip, train, folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LostWorker) as error:
         sys.exit(str(error))
     if processes.rank() == 0:
         print(f"The autoencoder is in {folder.relative_to(ROOT)}")
