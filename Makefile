@@ -95,6 +95,14 @@ bench-cache: | env  ## time the cache of activations against an Arrow cache (a m
 stress-cache: | env  ## damage a small cache in 200 ways and kill its writing 20 times (a minute)
 	"$(PYTHON)" tools/stress_cache.py
 
+.PHONY: bench bench-gpu
+bench: | env  ## time everything at the paper's size against the published algorithms; docs/performance.md (8 minutes)
+	"$(PYTHON)" tools/bench.py --write-docs
+	"$(PYTHON)" tools/bench_cache.py
+
+bench-gpu: | env  ## the same on one CUDA device, in bfloat16
+	"$(PYTHON)" tools/bench.py --device cuda --write-docs
+
 .PHONY: bench-ablation
 bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
 	"$(PYTHON)" tools/bench_ablation.py

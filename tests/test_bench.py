@@ -98,12 +98,12 @@ def test_committed_page_has_the_markers():
 
 def test_a_library_that_is_not_there_is_said(folder, monkeypatch):
     def absent(x, device):
-        raise ModuleNotFoundError("No module named 'overcomplete'", name="overcomplete")
+        bench.installed("overcomplete_is_not_there")
 
     monkeypatch.setitem(bench.SIDES, "sae-step-overcomplete", absent)
     bench.run_side("sae-step-overcomplete", folder, SIZE, "cpu")
     said = bench_table.lines({"sae-step-overcomplete": bench.found_by("sae-step-overcomplete", folder)}, asdict(SIZE))
-    assert said == "BENCH sae-step-overcomplete - not installed (overcomplete is missing)"
+    assert said == "BENCH sae-step-overcomplete - not installed (No module named 'overcomplete_is_not_there')"
 
 
 def test_oneDNN_agrees_with_float64():

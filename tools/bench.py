@@ -35,7 +35,7 @@ from patchsae.clip import Clip  # noqa: E402
 from patchsae.datasets import ArrayDataset  # noqa: E402
 from patchsae.latents import collect_latents  # noqa: E402
 from patchsae.sae import SparseAutoencoder  # noqa: E402
-from patchsae.train import Training  # noqa: E402
+from patchsae.steps import LOOK_EVERY, Training  # noqa: E402
 
 LAYER, TAU, K, DEAD_AFTER, L1 = -2, 0.2, 10, 64, 8e-5
 
@@ -203,9 +203,10 @@ def statistics_differ(ours: dict, plain: dict) -> str:
 
 
 def steps(x: Inputs, device: str, step) -> dict:
-    """Time some steps on the same tokens, after one that is not timed, and note the loss of each."""
+    """Time some steps on the same tokens, after those that ours takes before it goes by the active latents alone, and
+    note the loss of each."""
     z = x.tokens()
-    losses = [float(step(z).detach())]
+    losses = [float(step(z).detach()) for _ in range(LOOK_EVERY[device])]
     seconds = []
     for _ in range(x.size.steps):
         took, loss = timed(device, lambda: step(z))
@@ -225,6 +226,7 @@ def our_training(x: Inputs, device: str) -> Training:
     """``Training`` with some latents dead from the start."""
     training = Training(x.sae, l1=L1, dead_after=DEAD_AFTER, precision="bf16" if device == "cuda" else "float32")
     training.quiet = x.quiet.clone()
+    training.candidates = training.dead.nonzero()[:, 0]
     return training
 
 
@@ -234,9 +236,21 @@ def step_plain(x: Inputs, device: str) -> dict:
     return steps(x, device, lambda z: training.step(z)["total"])
 
 
+def installed(name: str):
+    """A library that need not be there; whatever goes wrong when it is imported counts as its absence."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # among them attributes that newer versions of its own dependencies lack
+        raise NotInstalled(str(error).splitlines()[0]) from error
+
+
+class NotInstalled(Exception):
+    """A library that cannot be imported, and why."""
+
+
 def step_overcomplete(x: Inputs, device: str) -> dict:
     """A step of the plain autoencoder of ``overcomplete``: L1, no ghost gradients, no unit rows."""
-    library = importlib.import_module("overcomplete.sae")
+    library = installed("overcomplete.sae")
     model = library.SAE(x.size.width, nb_concepts=x.size.latents, device=device)
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
 
@@ -254,8 +268,7 @@ def step_overcomplete(x: Inputs, device: str) -> dict:
 
 def step_sae_lens(x: Inputs, device: str) -> dict:
     """A step of the standard autoencoder of ``sae-lens``, from our weights: L1, no ghost gradients."""
-    library = importlib.import_module("sae_lens.saes.standard_sae")
-    data = importlib.import_module("sae_lens.saes.sae").TrainStepInput
+    library, data = installed("sae_lens.saes.standard_sae"), installed("sae_lens.saes.sae").TrainStepInput
     model = library.StandardTrainingSAE(library.StandardTrainingSAEConfig(
         d_in=x.size.width, d_sae=x.size.latents, l1_coefficient=L1, device=device))
     with torch.no_grad():
@@ -341,7 +354,7 @@ def images_plain(x: Inputs, device: str) -> dict:
 
 
 def _from_images(x: Inputs, device: str, work) -> dict:
-    losses = [float(work().detach())]
+    losses = [float(work().detach()) for _ in range(LOOK_EVERY[device])]
     seconds, loss = timed(device, work)
     return {"seconds": seconds, "losses": [*losses, float(loss.detach())], "tokens": len(x.images) * x.clip.n_tokens}
 
@@ -378,10 +391,8 @@ def run_side(side: str, folder: Path, size: Size, device: str) -> None:
     """Do the work of one side and write what it found; a library that is not there writes that."""
     try:
         found = SIDES[side](read(folder, size, device), device) | {"device": device}
-    except ModuleNotFoundError as error:
-        if not side.endswith(("overcomplete", "sae-lens")):
-            raise
-        found = {"missing": error.name}
+    except NotInstalled as error:
+        found = {"missing": str(error)}
     tensors = {name: value.contiguous() for name, value in found.items() if torch.is_tensor(value)}
     save_tensors(folder / f"{side}.safetensors", tensors | {"nothing": torch.zeros(1)})
     rest = {name: value for name, value in found.items() if not torch.is_tensor(value)}

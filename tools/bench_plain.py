@@ -2,7 +2,8 @@
 
 Batched, without gradients where none are needed and without loops over latents, but with nothing of this repository's
 in them but the weights: the whole CLIP runs where its block 11 is wanted, an autoencoder makes dense ``[B,T,S]``
-tensors and always encodes and decodes, and statistics and class counts are two programs that each start from the images.
+tensors and always encodes and decodes, and statistics and class counts are two programs that each start from the
+images.
 """
 
 import torch

@@ -33,7 +33,7 @@ def lines(found: dict[str, dict], size: dict) -> str:
                  if isinstance(value, float)]
     for side, values in found.items():
         if "missing" in values:
-            text.append(f"BENCH {side} - not installed ({values['missing']} is missing)")
+            text.append(f"BENCH {side} - not installed ({values['missing']})")
         elif "seconds" in values:
             text.append(f"BENCH {side} {values['seconds']:.3f} seconds")
             text.append(f"BENCH {side}-rate {rate(side, values, size):.1f} {_row(side)[2]}")
