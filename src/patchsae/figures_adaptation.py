@@ -21,6 +21,8 @@ GROUP_LOOKS = {"high": GREEN, "high to low": ORANGE, "low to high": BLUE}
 READ_LOOKS = {"zero-shot": ("zero-shot", INK, "|"), "adapted": ("MaPLe", BLUE, "o"),
               "before": ("readable before", GREEN, "<"), "after": ("readable after", ORANGE, ">"),
               "untrained": ("readable, untrained prompts", GREY, "x")}
+#: Points of a scatter that are drawn though they are equal.
+MOST_POINTS = 10**6
 SIDE_NAMES = {"clip": "CLIP", "adapted": "MaPLe"}
 
 
@@ -136,7 +138,9 @@ def activation_scatter(panels: Mapping[str, tuple[torch.Tensor, torch.Tensor]], 
     for panel, (title, (before, after)) in zip(axes, panels.items()):
         x, y = (1 + np.asarray(c).ravel().astype(float) for c in (before, after))
         panel.plot([1, max(x.max(), y.max())], [1, max(x.max(), y.max())], color=GREY, lw=0.6)
-        panel.plot(x, y, "o", ms=1.6, mew=0, color="#b5b5b5", alpha=0.5, rasterized=True)
+        # Of many points the equal ones are drawn once; as complex numbers they are found in seconds.
+        pairs = x + 1j * y if len(x) <= MOST_POINTS else np.unique(x + 1j * y)
+        panel.plot(pairs.real, pairs.imag, "o", ms=1.6, mew=0, color="#b5b5b5", alpha=0.5, rasterized=True)
         for group, colour in GROUP_LOOKS.items() if members else ():
             mine = np.asarray(members[title][group]).ravel()
             panel.plot(x[mine], y[mine], "o", ms=2.6, mew=0, color=colour, label=group, alpha=0.9, rasterized=True)
