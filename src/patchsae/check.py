@@ -169,12 +169,15 @@ def units(profile: Profile) -> Units:
                  4 * T * S / 1e9, S, T, D, blocks)
 
 
-def costs(profile: Profile) -> dict[str, Cost]:
-    """Notebook -> cost, by counting multiplications and additions; autoencoders that are there are not made again."""
+def costs(profile: Profile, anew: bool = False) -> dict[str, Cost]:
+    """Notebook -> cost, by counting multiplications and additions.
+
+    Autoencoders and tables of adaptation that are there are not made again, unless everything is counted ``anew``.
+    """
     u, d, s = units(profile), profile.data, profile.sae
     others, trained = len(profile.model.other_layers), s.steps * s.batch_images
     there = len([*profile.data_dir.glob("sae/*/sae.safetensors"), *profile.run_dir.glob("sae/*/sae.safetensors")])
-    more, train, test = (0 if there > 1 + others else 1 + others), d.train_images, d.test_images
+    more, train, test = (0 if there > 1 + others and not anew else 1 + others), d.train_images, d.test_images
     tasks, layers, seen = len(d.transfer), 2 + others, u.tower + u.product
     saved = 8 * u.latents * min(1000, d.train_images) / 1e9
     passes = {  # arithmetic, images read, autoencoders and statistics written
@@ -188,7 +191,7 @@ def costs(profile: Profile) -> dict[str, Cost]:
     memory = 4 * u.weights + 5 * max(s.batch_images, d.batch_images) * u.dense + 0.6
     found = {name: Cost(flops, images, u.weights * written + saved * kept, memory)
              for name, (flops, images, written, kept) in passes.items()}
-    return found | {"06_maple_adaptation": _adaptation(profile, u, memory),
+    return found | {"06_maple_adaptation": _adaptation(profile, u, memory, anew),
                     "07_measured_interpretability": _interpretability(profile, u, memory),
                     "explorer": Cost(min(64, test) * (seen + 6 * u.tower / u.blocks), min(64, test), 0, memory)}
 
@@ -226,30 +229,40 @@ def training_cost(profile: Profile, u: Units, method: str, n_classes: int) -> tu
     return images * passes * u.tower + steps * 2 * text * (method in ("maple", "coop")), images
 
 
-def _adaptation(profile: Profile, u: Units, memory: float) -> Cost:
-    """Five methods and a control on every task and seed, what their latents tell, and masking by either model."""
-    a, own = profile.adaptation, profile.data.task
-    seeds, tests = len(a.seeds), [images_of(profile, task)[1] for task in a.tasks]
-    flops = images = 0.0
-    readouts = [0.0]
+def _adaptation(profile: Profile, u: Units, memory: float, anew: bool) -> Cost:
+    """The tables of adaptation, what the notebook looks at besides, and the autoencoder of one adapted tower."""
+    a, own, flops, images, largest = profile.adaptation, profile.data.task, 0.0, 0.0, 0
+    made = (profile.data_dir / "adapted" / "latents.csv").is_file() and not anew
+    again, disk = (0 if made else profile.sae.steps * profile.sae.batch_images), 0.0
     for task in a.tasks:
-        n, (train, test) = classes_of(profile, task), images_of(profile, task)
-        trained = [training_cost(profile, u, m, -(-n // 2)) for m in ("maple", "coop", "lora", "fine_tuning")]
-        groups = 4 + seeds  # zero-shot, and once the control, LoRA and fine-tuning; MaPLe with every seed
-        seen, half = (train + test) * (u.tower + u.product), test / 2
-        readouts.append(4 * 3 * (train / 2) * u.latents / 1e9)
-        flops += seeds * sum(f for f, _ in trained) + (6 * seeds + 1) * test * u.tower
-        flops += groups * (seen + half * (4 * u.tower + 2 * u.product) + 3 * READOUT_STEPS * train * u.latents * n / 2)
-        flops += 3 * train * (u.tower + u.product)  # counts of CLIP's latents by half, and of both towers
-        flops += GRID * min(test, a.images // 2) * (
-            u.tower + u.product + GRID_CONDITIONS * u.tower / u.blocks)
-        images += seeds * sum(i for _, i in trained) + (6 * seeds + 1) * test + groups * (train + 1.5 * test)
-    carried = [training_cost(profile, u, m, classes_of(profile, own)) for m in ("maple", "coop")]
-    flops += seeds * (sum(f for f, _ in carried) + 2 * sum(tests) * u.tower)
-    again = profile.sae.steps * profile.sae.batch_images  # the autoencoder of one adapted tower
-    disk = u.weights + 2 * seeds * len(a.tasks) * u.clip
-    return Cost(flops + again * u.training, round(images + again + seeds * 2 * sum(tests)), disk,
-                max(memory, 2 * u.clip + max(readouts) + 2 * u.weights + 1))
+        (more, read), (train, test) = _tables(profile, u, task), images_of(profile, task)
+        # Counts of both towers on training images, and masking by either model's.
+        flops += 2 * train * (u.tower + u.product) + (0 if made else more)
+        flops += GRID * min(test, a.images // 2) * (u.tower + u.product + GRID_CONDITIONS * u.tower / u.blocks)
+        images, largest = images + 2 * train + 2 * test + (0 if made else read), max(largest, train // 2)
+    if not made:
+        carried = [training_cost(profile, u, m, classes_of(profile, own)) for m in ("maple", "coop")]
+        tests = 2 * len(a.seeds) * sum(images_of(profile, task)[1] for task in a.tasks)
+        flops += len(a.seeds) * sum(f for f, _ in carried) + tests * u.tower
+        images += len(a.seeds) * sum(i for _, i in carried) + tests
+        disk = u.weights + 2 * len(a.seeds) * len(a.tasks) * u.clip
+    readout = 3 * 4 * largest * u.latents / 1e9
+    return Cost(flops + again * u.training, round(images + again), disk,
+                max(memory, 2 * u.clip + readout + 2 * u.weights + 1))
+
+
+def _tables(profile: Profile, u: Units, task: str) -> tuple[float, float]:
+    """Arithmetic and images of one task's rows: five methods and a control with every seed, and their latents.
+
+    Latents are read of CLIP, of MaPLe with every seed, and once of the control, LoRA and fine-tuning.
+    """
+    n, (train, test), seeds = classes_of(profile, task), images_of(profile, task), len(profile.adaptation.seeds)
+    trained = [training_cost(profile, u, m, -(-n // 2)) for m in ("maple", "coop", "lora", "fine_tuning")]
+    readout = 3 * READOUT_STEPS * train * u.latents * n / 2
+    latents = (train + test) * (u.tower + u.product) + test / 2 * (4 * u.tower + 2 * u.product) + readout
+    flops = seeds * sum(f for f, _ in trained) + (6 * seeds + 1) * test * u.tower
+    images = seeds * sum(i for _, i in trained) + (6 * seeds + 1) * test + (4 + seeds) * (train + 1.5 * test)
+    return flops + (4 + seeds) * latents + train * (u.tower + u.product), images
 
 
 # Notebook 07

@@ -23,6 +23,8 @@ READ_LOOKS = {"zero-shot": ("zero-shot", INK, "|"), "adapted": ("MaPLe", BLUE, "
               "untrained": ("readable, untrained prompts", GREY, "x")}
 #: Points of a scatter that are drawn though they are equal.
 MOST_POINTS = 10**6
+#: Classes whose names fit beside a matrix.
+MOST_NAMED = 60
 SIDE_NAMES = {"clip": "CLIP", "adapted": "MaPLe"}
 
 
@@ -188,13 +190,14 @@ def group_curves(table: pd.DataFrame) -> Figure:
 def confusions(before: np.ndarray, after: np.ndarray, class_names: Sequence[str], titles: Sequence[str]) -> Figure:
     """Fig. 21: confusion matrices ``[C,C]`` before and after, rows true classes, each row summing to 1."""
     n = len(class_names)
+    named = list(class_names) if n <= MOST_NAMED else [""] * n
     figure = new_figure(PAGE, 1.1 + min(0.24 * n, 2.6))
     axes = figure.subplots(1, 2, sharey=True)
     for panel, counts, title in zip(axes, (before, after), titles):
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         shown = panel.imshow(share, vmin=0, vmax=1)
-        panel.set(title=title, xlabel="predicted", xticks=range(n), yticks=range(n), yticklabels=class_names)
-        panel.set_xticks(range(n), class_names, rotation=90)
+        panel.set(title=title, xlabel="predicted", xticks=range(n), yticks=range(n), yticklabels=named)
+        panel.set_xticks(range(n), named, rotation=90)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     axes[0].set_ylabel("true class")

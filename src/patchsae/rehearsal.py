@@ -90,7 +90,7 @@ def report(profile: Profile, real: Profile) -> str:
     The projection multiplies the measured time by the ratio of the arithmetic of the two profiles. Processor seconds
     are those of all cores together: on a machine that does other things too they say more than seconds do.
     """
-    work, larger, rows = costs(profile), costs(real), []
+    work, larger, rows = costs(profile, anew=True), costs(real, anew=True), []
     for name, cost in work.items():
         stamp = json.loads((ROOT / "build" / profile.name / f"{name}.json").read_text())
         seconds = stamp["seconds"]
