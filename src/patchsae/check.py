@@ -28,6 +28,8 @@ RELEASED = "https://github.com/dynamical-inference/patchsae, or hyesulim/fastsae
 EFFICIENCY, DECODED = 0.4, 400
 #: Selections that notebook 05 masks with, seeds counted, plain and with the error added; values of k, on and off.
 ARMS, CONDITIONS = 19, 22
+#: Images that notebook 04 looks at: those on which a class is recognised, and references.
+READ_04 = 64
 #: Notebook 06: combinations of who selects and who classifies, and values of k, on and off; steps of a linear readout.
 GRID, GRID_CONDITIONS, READOUT_STEPS = 4, 18, 100
 #: Tokens of a class prompt that the text tower computes, its width and its blocks (ViT-B/16).
@@ -185,7 +187,7 @@ def costs(profile: Profile, anew: bool = False) -> dict[str, Cost]:
         "02_latent_statistics": (more * trained * u.training + layers * train * seen, more * trained + layers * train,
                                  1 + others, layers),
         "03_reference_images": (tasks * test * seen, tasks * test, 0, tasks),
-        "04_segmentation_masks": (d.batch_images * seen, d.batch_images, 0, 0),
+        "04_segmentation_masks": (READ_04 * seen, READ_04, 0, 0),
         "05_latent_ablation": (test * (4 * u.tower + (3 + ARMS) * u.product + ARMS * CONDITIONS * u.tower / u.blocks),
                                3 * test, 0, 0)}
     memory = 4 * u.weights + 5 * max(s.batch_images, d.batch_images) * u.dense + 0.6
@@ -272,14 +274,15 @@ def _interpretability(profile: Profile, u: Units, memory: float) -> Cost:
 
     Controls that need no training have twice as many candidates as the autoencoder, most of them an untrained one.
     """
-    d, s = profile.data, profile.sae
-    match, test = min(MATCH_IMAGES, d.train_images), min(MASKED, d.test_images)
+    d, s, folder = profile.data, profile.sae, masks_folder(profile)
+    masked = min(MATCH_IMAGES, d.train_images) + min(MASKED, d.test_images)
+    masked = masked if folder is None else min(masked, sum(1 for _ in (folder / "images").rglob("*.jpg")))
     named = min(u.latents * profile.latents.n_reference, d.train_images)
-    patches, again = (match + test) * (u.tokens - 1), s.steps * s.batch_images
-    flops = (match + test) * (3 * u.tower + (2 + PASSES) * u.product) + again * u.training
+    patches, again = masked * (u.tokens - 1), s.steps * s.batch_images
+    flops = masked * (3 * u.tower + (2 + PASSES) * u.product) + again * u.training
     flops += named * (u.tower + u.product + 2 * u.tower / u.blocks) + 4 * u.latents**2 * u.width
-    tokens = 4 * (match + test) * u.tokens * u.width / 1e9
-    return Cost(flops, 2 * (match + test) + again + named, u.weights, max(memory, 3 * u.weights + 2 * tokens + 2),
+    tokens = 4 * masked * u.tokens * u.width / 1e9
+    return Cost(flops, 2 * masked + again + named, u.weights, max(memory, 3 * u.weights + 2 * tokens + 2),
                 PASSES * patches * u.latents)
 
 
