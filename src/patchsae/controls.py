@@ -82,13 +82,14 @@ def shuffled_autoencoder(profile: Profile, clip: Clip, ds) -> Directions:
     """
     rows, s = np.arange(min(len(ds), MOST_IMAGES)), profile.sae
     batches = np.array_split(rows, -(-len(rows) // 64))
-    tokens = torch.cat(list(training_tokens(clip, ds, profile.model.layer).batches(batches)))
+    tokens = torch.cat([z.cpu() for z in training_tokens(clip, ds, profile.model.layer).batches(batches)])
     numbers, flat = torch.Generator().manual_seed(profile.seed), tokens.flatten(0, 1)
     order = torch.stack([torch.randperm(len(flat), generator=numbers) for _ in range(flat.shape[1])], 1)
     shuffled = flat.gather(0, order).view_as(tokens)
     training = Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     for step in range(s.steps):
-        training.step(shuffled[torch.from_numpy(training_rows(len(tokens), step, s.batch_images, profile.seed))])
+        rows = torch.from_numpy(training_rows(len(tokens), step, s.batch_images, profile.seed))
+        training.step(shuffled[rows].to(clip.device))
     return latent_directions(training.sae)
 
 

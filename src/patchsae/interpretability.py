@@ -16,8 +16,8 @@ from patchsae.recovery import Directions, Split, image_scores
 from patchsae.sae import SparseAutoencoder
 from patchsae.scenes import WORLD
 
-#: Latents whose partners in another seed are looked for, at most; the matching takes a few seconds then.
-MOST_MATCHED = 2048
+#: Latents whose partners in another seed are looked for, at most: the matching takes seconds then, and 1 GB.
+MOST_MATCHED = 1024
 
 
 def monosemanticity(activations: torch.Tensor, embeddings: torch.Tensor, chunk: int = 256) -> torch.Tensor:

@@ -36,8 +36,8 @@ BAR = 0.6
 COUNTED = ("noun", "colour", "texture", "background")
 #: Bootstrap samples of an interval, and thresholds at most in each (quantiles of the positives' scores).
 RESAMPLES, THRESHOLDS = 200, 256
-#: Scores held at once, at most: 268 MB, those of 6 images of the paper's size.
-DENSE = 2**26
+#: Scores held at once, at most: 67 MB, those of one image of the paper's size.
+DENSE = 2**24
 
 
 class Directions(NamedTuple):

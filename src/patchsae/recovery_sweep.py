@@ -14,7 +14,7 @@ import pandas as pd
 from patchsae import controls
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
-from patchsae.config import Profile, start
+from patchsae.config import Profile, device, start
 from patchsae.datasets import open_dataset
 from patchsae.recovery import (
     BAR,
@@ -141,7 +141,7 @@ def _labelled(names: tuple, directions: Directions, found: Recovery) -> list[pd.
 
 def run(profile: Profile) -> None:
     """Fill both tables with whatever they lack, a row of either at a time, and drop rows of other settings."""
-    clip, paths = load_clip(profile.model.name), [profile.data_dir / name for name in TABLES]
+    clip, paths = load_clip(profile.model.name, device()), [profile.data_dir / name for name in TABLES]
     old = [pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=NAMES) for path in paths]
     known = {tuple(names) for names in old[1][NAMES].drop_duplicates().to_numpy().tolist()}
     for names, directions, found in rows(profile, clip, known):
