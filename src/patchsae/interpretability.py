@@ -45,15 +45,15 @@ def monosemanticity(activations: torch.Tensor, embeddings: torch.Tensor, chunk: 
 def latent_monosemanticity(directions: Directions, split: Split, embeddings: torch.Tensor,
                            chunk: int = 256) -> torch.Tensor:
     """``monosemanticity`` of every candidate over the patches of a split, some candidates at a time: ``[S]``."""
-    parts = torch.arange(directions.weight.shape[1]).split(chunk)
-    return torch.cat([monosemanticity(directions.scores(split.patches, part), embeddings) for part in parts])
+    z, parts = split.patches, torch.arange(directions.weight.shape[1]).split(chunk)
+    return torch.cat([monosemanticity(directions.scores(z, part), embeddings) for part in parts])
 
 
 def own_precision(directions: Directions, split: Split, own: np.ndarray, chunk: int = 256) -> np.ndarray:
     """Average precision of every candidate for one concept each, ``own [S]`` (columns of the split): ``[S]``."""
-    truth, found = split.positives, []
+    z, truth, found = split.patches, split.positives, []
     for part in torch.arange(directions.weight.shape[1]).split(chunk):
-        h = directions.scores(split.patches, part).numpy()
+        h = directions.scores(z, part).numpy()
         found += [average_precision(h[:, i], truth[:, [own[s]]])[0] for i, s in enumerate(part.tolist())]
     return np.array(found)
 
