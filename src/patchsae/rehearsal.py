@@ -17,7 +17,7 @@ from patchsae.config import ROOT, Profile, load_profile
 from patchsae.pretrain import build_tokenizer
 from patchsae.scenes import CONCEPTS, KINDS, NONE, Scene, class_names, draw_scene
 
-SIDE, VOCABULARY, CLASSES = 224, 49_408, 8
+SIDE, VOCABULARY, CLASSES = 224, 49_408, 4
 #: Seeds of scenes, as the mini profile's splits have them.
 SPLITS = {"train": 0, "test": 1}
 #: Images with masks, in ADE20K's folders.
