@@ -223,10 +223,10 @@ def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, mon
 def test_drawn_images_are_in_folders_of_the_stated_classes(tmp_path, monkeypatch):
     profile = load_profile("rehearsal")
     data = dataclasses.replace(profile.data, train_images=16, test_images=8)
-    shared = dataclasses.replace(profile.adaptation, images=4)
+    shared = dataclasses.replace(profile.adaptation, images=4, shots=4)
     profile = dataclasses.replace(profile, data=data, adaptation=shared)
     monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
-    assert rehearsal.draw_images(profile) == 16 + 3 * 8 + 4 == len(list(tmp_path.rglob("*.png")))
+    assert rehearsal.draw_images(profile) == 16 + 3 * 8 + 4 * 4 == len(list(tmp_path.rglob("*.png")))
     assert len(list((tmp_path / "images" / "nouns" / "train").iterdir())) == rehearsal.CLASSES
     assert Image.open(next(tmp_path.rglob("*.png"))).size == (224, 224)
     assert check.needs(profile)[1].there and check.classes_of(profile, "nouns") == rehearsal.CLASSES

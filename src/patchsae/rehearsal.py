@@ -46,7 +46,7 @@ def draw_images(profile: Profile) -> int:
     root, wanted = profile.data_dir / "images", {(profile.data.task, "train"): profile.data.train_images}
     wanted |= {(task, "test"): profile.data.test_images for task in read_tasks(profile)}
     for task in profile.adaptation.tasks:
-        wanted.setdefault((task, "train"), profile.adaptation.images)
+        wanted.setdefault((task, "train"), max(profile.adaptation.images, CLASSES * profile.adaptation.shots))
     for (task, split), n in wanted.items():
         names = class_names(task)
         for i, scene in _scenes(task, SPLITS[split], n):
