@@ -47,6 +47,9 @@ def test_swaps_take_the_tower_of_one_and_the_text_of_the_other(models, few):
     table = adaptation.swap_table(before, after, few)
     assert len(table) == 4 and (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     assert (adaptation.swap_table(before, before, few)["accuracy"].nunique()) == 1
+    known = adaptation.image_embeddings(before.tower, few)
+    pd.testing.assert_frame_equal(adaptation.swap_table(before, after, few, known), table)
+    assert not adaptation.swap_table(before, after, few, known.flip(0)).equals(table)  # they are what is used
 
 
 def test_parts_of_a_gain_add_up():

@@ -8,8 +8,10 @@ import sys
 import time
 import types
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import one_sentence
 from huggingface_hub import constants
 from PIL import Image
@@ -17,6 +19,8 @@ from PIL import Image
 from patchsae import check, fetch, load_profile, rehearsal
 from patchsae.config import ROOT
 from patchsae.formats import file_sha256
+from patchsae.scenes import CONCEPTS, KINDS, draw_scene
+from patchsae.segmentation import open_masked
 
 
 def files(root) -> dict:
@@ -66,6 +70,60 @@ def test_costs_of_the_paper_are_those_known():
     work = check.costs(load_profile("paper"))
     assert 2.0e17 < work["01_train_sae"].flops < 4.5e17
     assert 20 < work["01_train_sae"].memory < 42
+
+
+def test_every_notebook_has_a_cost():
+    notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for name in ("mini", "paper", "rehearsal"):
+        assert set(check.costs(load_profile(name))) == notebooks
+
+
+def test_arithmetic_of_an_image_is_what_a_counter_counts():
+    """Of the mini model, class token alone in the last block: at most a quarter less than the formula, never more."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from patchsae.clip import load_clip
+
+    profile = load_profile("mini")
+    clip, u = load_clip(str(ROOT / profile.model.name)), check.units(profile)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        clip.above(clip.below(torch.zeros(1, 3, 64, 64), -2), -2)
+    assert 0.75 * u.tower < counted.get_total_flops() <= 1.02 * u.tower
+    assert u.product == 2 * 65 * 128 * 224 and u.latents == 224
+
+
+def test_arithmetic_of_adaptation_follows_its_steps():
+    """By hand for half of ImageNet: MaPLe 5 epochs of 2,000 steps, CoOp 50 of 250, and 500 classes in every step."""
+    profile = load_profile("paper")
+    u = check.units(profile)
+    text = 500 * 12 * 24 * 12 * 512**2
+    for method, steps, batch, passes, with_text in (("maple", 10_000, 4, 2, 1), ("coop", 12_500, 32, 1, 1),
+                                                    ("lora", 12_500, 32, 2, 0), ("fine_tuning", 2_500, 32, 3, 0)):
+        flops, images = check.training_cost(profile, u, method, 500)
+        assert images == steps * batch
+        assert flops == pytest.approx(images * passes * u.tower + with_text * steps * 2 * text)
+    small = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, seeds=(1,)))
+    one, three = (check.costs(p)["06_maple_adaptation"] for p in (small, profile))
+    assert one.flops < three.flops < 3 * one.flops
+    assert 3 * (one.disk - u.weights) == pytest.approx(three.disk - u.weights)
+
+
+def test_what_is_made_already_costs_nothing_unless_counted_anew():
+    profile, name = load_profile("mini"), "06_maple_adaptation"
+    there, anew = check.costs(profile)[name], check.costs(profile, anew=True)[name]
+    assert 0 < there.flops < anew.flops / 5 and there.disk == 0 < anew.disk and there.images < anew.images
+
+
+def test_tasks_of_adaptation_and_masks_are_needed(tmp_path, monkeypatch):
+    """Notebook 06 reads tasks that no other does, and notebook 07 masks; one of the public sets will do."""
+    profile = load_profile("paper")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    lines = "\n".join(check.missing_lines(profile))
+    assert all(title in lines for title in ("StanfordCars", "FGVCAircraft", "SUN397", "EuroSAT", "UCF101", "masks in"))
+    assert "ADEChallengeData2016.zip" in lines
+    (tmp_path / "segmentation" / "oxford-pets").mkdir(parents=True)
+    assert "masks in" not in "\n".join(check.missing_lines(profile))
+    assert not any("masks" in need.name for need in check.needs(load_profile("mini")))
 
 
 def test_model_of_the_hub_is_there_when_its_cache_has_it(tmp_path, monkeypatch):
@@ -143,7 +201,7 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
 def test_tasks_the_hub_does_not_have_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "open_hub", lambda task, split: range(5))
     lines = fetch.fetch_images(load_profile("paper"))
-    assert len(lines) == 7 and any(line.startswith("cifar100: 10 images") for line in lines)
+    assert len(lines) == 13 and any(line.startswith("cifar100: 10 images") for line in lines)
     assert any(line.startswith("caltech101: not on the hub") for line in lines)
 
 
@@ -165,12 +223,33 @@ def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, mon
 def test_drawn_images_are_in_folders_of_the_stated_classes(tmp_path, monkeypatch):
     profile = load_profile("rehearsal")
     data = dataclasses.replace(profile.data, train_images=16, test_images=8)
-    profile = dataclasses.replace(profile, data=data)
+    shared = dataclasses.replace(profile.adaptation, images=4, shots=4)
+    profile = dataclasses.replace(profile, data=data, adaptation=shared)
     monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
-    assert rehearsal.draw_images(profile) == 16 + 3 * 8 == len(list(tmp_path.rglob("*.png")))
+    assert rehearsal.draw_images(profile) == 16 + 3 * 8 + 4 * 4 == len(list(tmp_path.rglob("*.png")))
     assert len(list((tmp_path / "images" / "nouns" / "train").iterdir())) == rehearsal.CLASSES
     assert Image.open(next(tmp_path.rglob("*.png"))).size == (224, 224)
-    assert check.needs(profile)[1].there
+    assert check.needs(profile)[1].there and check.classes_of(profile, "nouns") == rehearsal.CLASSES
+
+
+def test_drawn_masks_are_read_as_ade20k_is(tmp_path, monkeypatch):
+    """A pixel shows its scene's noun, or else its background, at the place and under the name that were drawn."""
+    profile = load_profile("rehearsal")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    monkeypatch.setattr(rehearsal, "MASKED", {"training": 3, "validation": 2})
+    assert rehearsal.draw_masks(profile) == 5
+    for split, n in (("train", 3), ("test", 2)):
+        ds = open_masked(profile, types.SimpleNamespace(image_size=224, grid=14), split)
+        assert len(ds) == n and ds[0].image.shape == (224, 224, 3)
+    number = int(ds.entries[0].path.stem.split("_")[1])
+    drawn, found = draw_scene("nouns", 1, number), ds.scene(0)
+    for kind in ("noun", "background"):
+        for name in {CONCEPTS[kind][c] for c in np.unique(drawn.maps[KINDS.index(kind)]) if c >= 0}:
+            whole = drawn.mask(kind, name).repeat(4, 0).repeat(4, 1)
+            seen = found.mask("noun", name)[:, :]
+            wanted = np.asarray(Image.fromarray(whole).resize((224, 224), Image.Resampling.NEAREST))
+            hidden = np.zeros_like(seen) if kind == "noun" else wanted & (found.plane < len(CONCEPTS["noun"]))
+            assert (seen == (wanted & ~hidden)).mean() > 0.97, name
 
 
 def test_rehearsal_has_the_papers_dimensions():
@@ -188,9 +267,12 @@ def test_rehearsal_reports_times_and_projects_them(tmp_path, monkeypatch):
     small, paper = load_profile("rehearsal"), load_profile("paper")
     (tmp_path / "build" / "rehearsal").mkdir(parents=True)
     for name in check.costs(small):
-        (tmp_path / "build" / "rehearsal" / f"{name}.json").write_text('{"seconds": 100, "peak_bytes": 2e9}')
-    text = rehearsal.report(small, paper)
-    assert len(text.splitlines()) == 1 + len(check.costs(small)) and text.count("2.0") >= 5
+        took = {"seconds": 100, "peak_bytes": 2e9, "processor_seconds": 150}
+        (tmp_path / "build" / "rehearsal" / f"{name}.json").write_text(json.dumps(took))
+    text, n = rehearsal.report(small, paper), len(check.costs(small))
+    assert len(text.splitlines()) == 2 + n and text.count("2.0") >= n
+    last = text.splitlines()[-1].split()
+    assert last[:4] == ["all", str(100 * n), str(150 * n), "2.0"] and "nan" not in text
 
 
 def test_published_tables_add_up():

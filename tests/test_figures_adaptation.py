@@ -55,6 +55,23 @@ def test_gain_bars_are_as_long_as_the_parts():
     assert np.allclose(widths, sorted(expected))
 
 
+def test_of_many_points_equal_ones_are_drawn_once(monkeypatch):
+    counts = torch.tensor([[0, 0, 3, 3, 7], [0, 0, 3, 3, 1]])
+    for most, drawn in ((10, 10), (9, 4)):
+        monkeypatch.setattr(fa, "MOST_POINTS", most)
+        figure = fa.activation_scatter({"task": (counts, counts)}, {"task": ""})
+        points = figure.axes[0].lines[1].get_xydata()
+        assert len(points) == drawn
+        assert {tuple(p) for p in points.tolist()} == {(1, 1), (4, 4), (8, 8), (2, 2)}
+
+
+def test_confusions_name_classes_where_names_fit():
+    for n, name in ((3, "class 2"), (fa.MOST_NAMED + 1, "")):
+        names = [f"class {i}" for i in range(n)]
+        panel = fa.confusions(np.eye(n), np.eye(n), names, ["a", "b"]).axes[0]
+        assert panel.get_yticklabels()[2].get_text() == name
+
+
 def test_masking_panels_have_a_line_per_pair_of_sides():
     rows = table(task=TASKS, selects=("clip", "adapted"), classifies=("clip", "adapted"), mode=("on", "off"),
                  k=(1, 10, 100))

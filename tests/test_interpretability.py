@@ -10,24 +10,28 @@ import torch
 import torch.nn.functional as F
 from conftest import LAYER, WIDTH, random_sae
 
-from patchsae import collect_latents
+from patchsae import collect_latents, interpretability
 from patchsae.interpretability import (
     absorption,
     coherence,
+    latent_monosemanticity,
     monosemanticity,
     morans_i,
+    own_precision,
     patch_attributes,
     prompts,
     region_means,
     regression,
     spatial_coherence,
     splitting,
+    spread,
     stability,
     text_names,
     true_names,
     with_groups,
 )
-from patchsae.recovery import Directions, Split, concept_scores
+from patchsae.masks import average_precision
+from patchsae.recovery import Directions, Split, concept_scores, image_scores
 
 
 def numbers(*shape, seed=0):
@@ -131,6 +135,36 @@ def test_stability_finds_the_same_latents_in_another_order():
     assert stability(torch.eye(4), torch.eye(4)[:, [1, 0, 3, 2]]).tolist() == [1] * 4
     assert stability(torch.eye(4)[:2], torch.eye(4)[2:]).tolist() == [0, 0]
     assert len(stability(first, first[:4])) == 4
+
+
+def test_of_many_latents_some_are_matched_to_all_of_the_other_seed(monkeypatch):
+    first, order = numbers(12, 6), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    whole = stability(first, first[order] + 0.3 * numbers(12, 6, seed=2))
+    monkeypatch.setattr(interpretability, "MOST_MATCHED", 5)
+    few = stability(first, first[order] + 0.3 * numbers(12, 6, seed=2))
+    chosen = spread(12, 5)
+    assert chosen.tolist() == [0, 2, 4, 7, 9] and spread(3, 5).tolist() == [0, 1, 2]
+    assert np.isfinite(few).nonzero()[0].tolist() == chosen.tolist() and len(few) == 12
+    assert (few[chosen] >= whole[chosen] - 1e-6).mean() > 0.5  # fewer rivals for the same partners
+
+
+def test_parts_give_what_the_whole_gives(monkeypatch):
+    """Chunks of latents and of images bound memory and change nothing."""
+    latents = Directions(numbers(6), numbers(6, 23, seed=1), numbers(23, seed=2))
+    share = np.random.default_rng(0).choice([0, 0, 1.0], (5, 9, 3)).astype(np.float32)
+    split = Split(numbers(5, 10, 6, seed=3), share, [("noun", name) for name in "abc"])
+    judge, rows = patch_attributes(split), numbers(23, 4, seed=4)
+    whole = monosemanticity(latents.scores(split.patches), judge)
+    torch.testing.assert_close(latent_monosemanticity(latents, split, judge, chunk=7), whole, equal_nan=True)
+    own = np.arange(23) % 3
+    precision = [average_precision(latents.scores(split.patches)[:, s].numpy(), split.positives[:, [c]])[0]
+                 for s, c in enumerate(own)]
+    np.testing.assert_allclose(own_precision(latents, split, own, chunk=5), precision, rtol=1e-6)
+    np.testing.assert_allclose(coherence(rows, chunk=4), coherence(rows), rtol=1e-6)
+    places = spatial_coherence(latents, split)
+    monkeypatch.setattr("patchsae.recovery.DENSE", 1)
+    assert [len(h) for h in image_scores(latents, split.z)] == [1] * 5
+    torch.testing.assert_close(spatial_coherence(latents, split), places, equal_nan=True)
 
 
 def test_coherence_is_the_cosine_with_the_nearest_other_latent():

@@ -1,5 +1,7 @@
 """Concept recovery at its extremes and against loops: a perfect latent, a constant one, shuffled truth."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -224,6 +226,37 @@ def test_shuffled_autoencoder_sees_the_same_coordinates(clip, pixel_data, profil
     assert found.weight.shape == (WIDTH, 36) and found.weight.isfinite().all()
     before = controls.random_autoencoder(profile, clip, pixel_data)
     assert not torch.equal(found.weight, before.weight)
+
+
+def test_more_centroids_than_tokens_are_as_many_as_tokens():
+    few = Split(world(0).z[:1], world(0).share[:1], world(0).concepts)
+    assert controls.clusters(few, 500, 0).weight.shape[1] == PATCHES
+
+
+def test_controls_without_chance_come_with_the_first_seed(clip, profile):
+    from patchsae import recovery_sweep
+
+    for seed in (42, 43):
+        names = recovery_sweep.methods("default", dataclasses.replace(profile, seed=seed), clip, 42)
+        assert ("linear probe" in names) == ("neurons" in names) == (seed == 42) and "k-means" in names
+
+
+def test_without_tables_what_needs_no_training_is_computed(clip, profile, tmp_path, monkeypatch, capsys):
+    from patchsae import recovery_sweep
+
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    monkeypatch.setattr(recovery_sweep, "splits", lambda *a: [world(0), world(1, 0.1)])
+    perfect, nothing = directions(np.eye(WIDTH)), directions(np.zeros((WIDTH, 3)))
+    found = {"autoencoder": perfect, "linear probe": perfect, "neurons": nothing, "k-means": None}
+    monkeypatch.setattr(recovery_sweep, "methods",
+                        lambda *a: {name: lambda *both, own=own: (own, *both) for name, own in found.items()})
+    table, samples = recovery_sweep.tables(profile, clip)
+    assert "make mini-artifacts" in capsys.readouterr().out
+    assert set(table["method"]) == {"autoencoder", "linear probe", "neurons"} and table["seed"].nunique() == 1
+    shares = recovery_sweep.intervals(table, samples)
+    together = shares[shares["kind"] == "together"].set_index("method")
+    assert together["share"].to_dict() == {"autoencoder": 1, "linear probe": 1, "neurons": 0}
+    assert together.loc["neurons", "minus"] == 1 and not list(tmp_path.iterdir())
 
 
 def test_intervals_of_the_committed_tables():

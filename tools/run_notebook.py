@@ -159,6 +159,12 @@ def execute(path: Path, environment: dict[str, str]):
     return clean(notebook)
 
 
+def processor_seconds() -> float:
+    """Seconds that the kernels of this process have computed so far, on all cores together."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def peak_memory() -> int:
     """Most bytes that a kernel of this process held at once."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -176,7 +182,7 @@ def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool
     with one_at_a_time(build / f"{name}.lock"):
         if not in_place and is_up_to_date(stamp, key, root):
             return None if quiet else print(f"{name}: up to date", flush=True)
-        start = time.monotonic()
+        start, computed = time.monotonic(), processor_seconds()
         stamp.unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
         notebook = execute(path, kernel_environment(root, manifest, profile))
@@ -186,7 +192,8 @@ def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool
         if in_place:
             check_outputs(notebook, name)
             write_text(path, text)
-        took = {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak_memory()}
+        took = {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak_memory(),
+                "processor_seconds": round(processor_seconds() - computed, 1)}
         write_text(stamp, json.dumps({"key": key, "files": files} | took, indent=1) + "\n")
     figures = sum(file.endswith(".png") for file in files)
     print(f"{name}: {time.monotonic() - start:.0f} s, {figures} figures", flush=True)

@@ -6,6 +6,7 @@ sees the base half of the classes; the novel half is only tested on.
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import random
@@ -87,13 +88,19 @@ def adapt(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, p
     return _tuned(profile, clip, task, shots, method, seed, title)
 
 
+@functools.lru_cache(maxsize=16)
+def _fingerprint(model_or_data) -> str:
+    """Its hash, computed once: that of a ViT-B/16 takes a second, that of ImageNet's files several."""
+    return model_or_data.fingerprint()
+
+
 def adaptation_key(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base") -> str:
     """Hash of everything that decides an adapted model."""
     left_out = ("tasks", "seeds", "images")
     shared = {k: v for k, v in dataclasses.asdict(profile.adaptation).items() if k not in left_out}
     untuned = method in ("linear probe", "zero-shot", UNTRAINED)
     own = {} if untuned else dataclasses.asdict(method_settings(profile, method))
-    key = [clip.fingerprint(), ds.fingerprint(), task, method, seed, part, shared, own]
+    key = [_fingerprint(clip), _fingerprint(ds), task, method, seed, part, shared, own]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 

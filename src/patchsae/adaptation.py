@@ -26,22 +26,25 @@ def interval(hits: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def swap_hits(before: Adapted, after: Adapted, ds) -> dict[tuple[str, str], np.ndarray]:
+def swap_hits(before: Adapted, after: Adapted, ds,
+              known: torch.Tensor | None = None) -> dict[tuple[str, str], np.ndarray]:
     """Which images are classified right with the image tower of one model and the text features of the other.
 
-    (image side, text side) -> bool ``[N]``; sides are "clip" and "adapted".
+    (image side, text side) -> bool ``[N]``; sides are "clip" and "adapted". ``known [N,P]``: the images' embeddings
+    by ``before``, where they were computed already.
     """
     models = dict(zip(SIDES, (before, after)))
-    embeddings = {side: image_embeddings(model.tower, ds) for side, model in models.items()}
+    first = image_embeddings(before.tower, ds) if known is None else known
+    embeddings = dict(zip(SIDES, (first, image_embeddings(after.tower, ds))))
     text = {side: model.text(ds.class_names) for side, model in models.items()}
     return {(image, words): (before.tower.logits(embeddings[image], text[words]).argmax(1).cpu().numpy() == ds.labels)
             for image in SIDES for words in SIDES}
 
 
-def swap_table(before: Adapted, after: Adapted, ds) -> pd.DataFrame:
+def swap_table(before: Adapted, after: Adapted, ds, known: torch.Tensor | None = None) -> pd.DataFrame:
     """``swap_hits`` as accuracies: columns image, text, n, accuracy, low, high."""
     return pd.DataFrame([{"image": image, "text": words} | interval(hits)
-                         for (image, words), hits in swap_hits(before, after, ds).items()])
+                         for (image, words), hits in swap_hits(before, after, ds, known).items()])
 
 
 def gain_parts(table: pd.DataFrame) -> pd.Series:

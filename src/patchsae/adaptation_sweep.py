@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from patchsae.activations import kept_pixels
-from patchsae.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, halves, unadapted
+from patchsae.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, halves, image_embeddings, unadapted
 from patchsae.adaptation import correlations, group_sizes, interval, swap_table
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
@@ -47,6 +47,12 @@ def images(profile: Profile, clip: Clip, task: str, split: str):
     return kept_pixels(clip, ds)
 
 
+@functools.lru_cache(maxsize=64)
+def clip_embeddings(profile: Profile, clip: Clip, task: str, classes: range) -> torch.Tensor:
+    """Embeddings of the unadapted tower on the test images of some classes, ``[N,P]``: every method is held to them."""
+    return image_embeddings(clip, Subset(images(profile, clip, task, "test"), classes))
+
+
 def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, part: str = "base"):
     """An adapted model; method "zero-shot" is CLIP as it is."""
     if method == "zero-shot":
@@ -59,7 +65,8 @@ def accuracy_rows(profile: Profile, clip: Clip, task: str, method: str, seed: in
     """Accuracy on both halves of a task's test split, with the image tower and the text features of CLIP and of the
     adapted model in every combination: half, image, text, n, accuracy, low, high."""
     test, after = images(profile, clip, task, "test"), model_of(profile, clip, task, method, seed)
-    return pd.concat([swap_table(unadapted(clip, task), after, Subset(test, classes)).assign(half=half)
+    return pd.concat([swap_table(unadapted(clip, task), after, Subset(test, classes),
+                                 clip_embeddings(profile, clip, task, classes)).assign(half=half)
                       for half, classes in halves(test).items()])
 
 
@@ -68,7 +75,9 @@ def transfer_rows(profile: Profile, clip: Clip, task: str, method: str, seed: in
     protocols. Columns target, image, text, n, accuracy, low, high."""
     after, rows = model_of(profile, clip, task, method, seed, "all"), []
     for target in profile.adaptation.tasks:
-        table = swap_table(unadapted(clip, target), after, images(profile, clip, target, "test"))
+        test = images(profile, clip, target, "test")
+        known = clip_embeddings(profile, clip, target, range(len(test.class_names)))
+        table = swap_table(unadapted(clip, target), after, test, known)
         rows.append(table[table["image"] == table["text"]].assign(target=target))
     return pd.concat(rows)
 
@@ -77,7 +86,7 @@ def transfer_rows(profile: Profile, clip: Clip, task: str, method: str, seed: in
 def clip_counts(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, classes: range) -> torch.Tensor:
     """Class counts of the unadapted tower on training images."""
     seen = Subset(images(profile, clip, task, "train"), classes)
-    return image_latents(clip, sae, seen, profile.model.layer, profile.latents.tau)[1]
+    return image_latents(clip, sae, seen, profile.model.layer, profile.latents.tau, profile.data.batch_images)[1]
 
 
 def latent_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
@@ -89,15 +98,16 @@ def latent_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str,
     latents per class in each group (ranks 10 and 100).
     """
     after, layer, tau = model_of(profile, clip, task, method, seed), profile.model.layer, profile.latents.tau
+    n = profile.data.batch_images
     train, test, rows = *(images(profile, clip, task, split) for split in ("train", "test")), []
     for half, classes in halves(test).items():
         seen, unseen = Subset(train, classes), Subset(test, classes)
         few = Subset(test, classes, range(len(test) // 2))
-        (x, counts), (x_test, _) = (image_latents(after.tower, sae, ds, layer, tau) for ds in (seen, unseen))
+        (x, counts), (x_test, _) = (image_latents(after.tower, sae, ds, layer, tau, n) for ds in (seen, unseen))
         before = clip_counts(profile, clip, sae, task, classes)
         found = interval(readout(x, seen.labels, x_test).argmax(1).cpu().numpy() == unseen.labels)
         sizes = group_sizes(before, counts, [UPPER], [LOWER]).set_index("group")["mean"]
-        quality = measure(after.tower, sae, few, after.text(few.class_names), layer)[FIDELITY]
+        quality = measure(after.tower, sae, few, after.text(few.class_names), layer, batch_images=n)[FIDELITY]
         rows.append({"half": half, "readable": found["accuracy"], "low": found["low"], "high": found["high"]}
                     | quality.to_dict() | correlations(before.sum(0), counts.sum(0)) | sizes.to_dict())
     return pd.DataFrame(rows)

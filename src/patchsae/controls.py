@@ -15,8 +15,8 @@ from patchsae.recovery import Directions, Split, latent_directions
 from patchsae.steps import Training
 from patchsae.train import new_sae
 
-#: Tokens that k-means and the principal components are computed from, at most.
-MOST_TOKENS = 2**17
+#: Tokens that k-means and the principal components are computed from, and images that are shuffled, at most.
+MOST_TOKENS, MOST_IMAGES = 2**17, 4096
 
 
 def _both_ways(centre: torch.Tensor, directions: torch.Tensor) -> Directions:
@@ -44,7 +44,7 @@ def hidden_neurons(clip: Clip, ds, layer: int, split: Split) -> Split:
     parts = []
     for batch in token_batches(clip, some, clip.block(layer) - 1):
         x = batch.z + block.self_attn(block.layer_norm1(batch.z))[0]
-        parts.append(block.mlp.activation_fn(block.mlp.fc1(block.layer_norm2(x))))
+        parts.append(block.mlp.activation_fn(block.mlp.fc1(block.layer_norm2(x))).cpu())
     return split._replace(z=torch.cat(parts))
 
 
@@ -57,9 +57,11 @@ def principal_components(split: Split, seed: int) -> Directions:
 def clusters(split: Split, n: int, seed: int) -> Directions:
     """k-means centroids of patch tokens; the score is the cosine of token and centroid, both less the mean token.
 
-    Of the scores we tried (cosine, minus the distance) this is the stronger one by far.
+    Of the scores we tried (cosine, minus the distance) this is the stronger one by far. There are as many centroids
+    as tokens at most.
     """
     z = _some(split, seed)
+    n = min(n, len(z))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a centroid that lost all its tokens stays where it was
         centroids, _ = kmeans2(z.numpy(), n, iter=50, minit="points", rng=seed)
@@ -76,16 +78,20 @@ def random_autoencoder(profile: Profile, clip: Clip, ds) -> Directions:
 def shuffled_autoencoder(profile: Profile, clip: Clip, ds) -> Directions:
     """The latents of an autoencoder trained on shuffled patches.
 
-    Each coordinate of the tokens is permuted over all training tokens on its own, which keeps the distribution of
-    every coordinate and leaves nothing of what they are together; then training as the profile says.
+    Each coordinate of the tokens is permuted over the tokens of the first ``MOST_IMAGES`` training images on its own,
+    which keeps the distribution of every coordinate and leaves nothing of what they are together; then training as
+    the profile says.
     """
-    tokens, s = training_tokens(clip, ds, profile.model.layer)[np.arange(len(ds))], profile.sae
+    rows, s = np.arange(min(len(ds), MOST_IMAGES)), profile.sae
+    batches = np.array_split(rows, -(-len(rows) // 64))
+    tokens = torch.cat([z.cpu() for z in training_tokens(clip, ds, profile.model.layer).batches(batches)])
     numbers, flat = torch.Generator().manual_seed(profile.seed), tokens.flatten(0, 1)
     order = torch.stack([torch.randperm(len(flat), generator=numbers) for _ in range(flat.shape[1])], 1)
     shuffled = flat.gather(0, order).view_as(tokens)
     training = Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     for step in range(s.steps):
-        training.step(shuffled[torch.from_numpy(training_rows(len(ds), step, s.batch_images, profile.seed))])
+        rows = torch.from_numpy(training_rows(len(tokens), step, s.batch_images, profile.seed))
+        training.step(shuffled[rows].to(clip.device))
     return latent_directions(training.sae)
 
 

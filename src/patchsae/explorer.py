@@ -261,10 +261,13 @@ class Explorer:
         return pd.DataFrame(table)
 
     def _before_after(self, tower, z, h, text, state: State) -> dict[str, np.ndarray]:
-        """Probabilities of one tower from z as it is and edited, finished together."""
-        both = torch.cat([z, self.edited(z, h, state.factors)])
-        share = tower.logits(tower.above(both, self.layer), text).softmax(1).cpu().numpy()
-        return {"before": share[0], "after": share[1]}
+        """Probabilities of one tower from z as it is and edited.
+
+        One by one: in a batch equal images may get sums that are rounded differently.
+        """
+        both = {"before": z, "after": self.edited(z, h, state.factors)}
+        return {name: tower.logits(tower.above(tokens, self.layer), text).softmax(1)[0].cpu().numpy()
+                for name, tokens in both.items()}
 
     def table(self, state: State) -> pd.DataFrame:
         """What is listed with everything known of it, for a csv file."""

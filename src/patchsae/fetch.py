@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from patchsae.benchmarks import TABLE, missing, open_hub, where_from
-from patchsae.check import model_file
+from patchsae.check import model_file, read_tasks
 from patchsae.checkpoints import save_json
 from patchsae.config import Profile, load_profile
 from patchsae.formats import file_sha256
@@ -46,7 +46,7 @@ def verified(profile: Profile, folder: str, large: dict[str, str]) -> dict[str, 
 def fetch_images(profile: Profile) -> list[str]:
     """Download the tasks that the hub has and no folder holds; returns a line for each task."""
     lines = []
-    for task in dict.fromkeys((profile.data.task, *profile.data.transfer)):
+    for task in read_tasks(profile):
         if profile.data.source != "benchmarks" or not missing(profile.data_dir / "images", task):
             lines.append(f"{task}: there")
         elif "hub" in TABLE[task]:

@@ -21,6 +21,10 @@ GROUP_LOOKS = {"high": GREEN, "high to low": ORANGE, "low to high": BLUE}
 READ_LOOKS = {"zero-shot": ("zero-shot", INK, "|"), "adapted": ("MaPLe", BLUE, "o"),
               "before": ("readable before", GREEN, "<"), "after": ("readable after", ORANGE, ">"),
               "untrained": ("readable, untrained prompts", GREY, "x")}
+#: Points of a scatter that are drawn though they are equal.
+MOST_POINTS = 10**6
+#: Classes whose names fit beside a matrix.
+MOST_NAMED = 60
 SIDE_NAMES = {"clip": "CLIP", "adapted": "MaPLe"}
 
 
@@ -136,7 +140,9 @@ def activation_scatter(panels: Mapping[str, tuple[torch.Tensor, torch.Tensor]], 
     for panel, (title, (before, after)) in zip(axes, panels.items()):
         x, y = (1 + np.asarray(c).ravel().astype(float) for c in (before, after))
         panel.plot([1, max(x.max(), y.max())], [1, max(x.max(), y.max())], color=GREY, lw=0.6)
-        panel.plot(x, y, "o", ms=1.6, mew=0, color="#b5b5b5", alpha=0.5, rasterized=True)
+        # Of many points the equal ones are drawn once; as complex numbers they are found in seconds.
+        pairs = x + 1j * y if len(x) <= MOST_POINTS else np.unique(x + 1j * y)
+        panel.plot(pairs.real, pairs.imag, "o", ms=1.6, mew=0, color="#b5b5b5", alpha=0.5, rasterized=True)
         for group, colour in GROUP_LOOKS.items() if members else ():
             mine = np.asarray(members[title][group]).ravel()
             panel.plot(x[mine], y[mine], "o", ms=2.6, mew=0, color=colour, label=group, alpha=0.9, rasterized=True)
@@ -184,13 +190,14 @@ def group_curves(table: pd.DataFrame) -> Figure:
 def confusions(before: np.ndarray, after: np.ndarray, class_names: Sequence[str], titles: Sequence[str]) -> Figure:
     """Fig. 21: confusion matrices ``[C,C]`` before and after, rows true classes, each row summing to 1."""
     n = len(class_names)
+    named = list(class_names) if n <= MOST_NAMED else [""] * n
     figure = new_figure(PAGE, 1.1 + min(0.24 * n, 2.6))
     axes = figure.subplots(1, 2, sharey=True)
     for panel, counts, title in zip(axes, (before, after), titles):
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         shown = panel.imshow(share, vmin=0, vmax=1)
-        panel.set(title=title, xlabel="predicted", xticks=range(n), yticks=range(n), yticklabels=class_names)
-        panel.set_xticks(range(n), class_names, rotation=90)
+        panel.set(title=title, xlabel="predicted", xticks=range(n), yticks=range(n), yticklabels=named)
+        panel.set_xticks(range(n), named, rotation=90)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     axes[0].set_ylabel("true class")

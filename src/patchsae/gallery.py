@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from patchsae.activations import load_pixels, token_batches
+from patchsae.activations import load_pixels, read_pixels
 from patchsae.clip import Clip
 from patchsae.latents import LatentStatistics
 from patchsae.masks import heat_maps, soft_mask
@@ -151,13 +151,11 @@ def layer_latents(clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, d
 
 def first_correct(clip: Clip, ds, label: int, text_features: torch.Tensor) -> int:
     """Position of the first image of a class that zero-shot classification gets right, else of the class's first."""
-    first = None
-    for batch in token_batches(clip, ds, -1, 64):
-        right = clip.logits(clip.above(batch.z, -1), text_features).argmax(1).cpu() == batch.labels
-        for row, own, correct in zip(batch.rows, batch.labels == label, right):
-            first = int(row) if first is None and own else first
-            if own and correct:
-                return int(row)
-    if first is None:
+    rows = np.flatnonzero(np.asarray(ds.labels) == label)
+    if not len(rows):
         raise ValueError(f"The data set has no image of class {label}; choose a class it has.")
-    return first
+    for batch in read_pixels(clip, ds, np.array_split(rows, -(-len(rows) // 8))):
+        right = clip.logits(clip.above(clip.below(batch.pixels, -1), -1), text_features).argmax(1).cpu() == label
+        if right.any():
+            return int(batch.rows[right.numpy()][0])
+    return int(rows[0])

@@ -12,9 +12,12 @@ from patchsae.activations import load_pixels
 from patchsae.clip import Clip
 from patchsae.latents import LatentStatistics
 from patchsae.masks import PatchTruth, average_precision
-from patchsae.recovery import Directions, Split
+from patchsae.recovery import Directions, Split, image_scores
 from patchsae.sae import SparseAutoencoder
 from patchsae.scenes import WORLD
+
+#: Latents whose partners in another seed are looked for, at most: the matching takes seconds then, and 1 GB.
+MOST_MATCHED = 1024
 
 
 def monosemanticity(activations: torch.Tensor, embeddings: torch.Tensor, chunk: int = 256) -> torch.Tensor:
@@ -37,6 +40,22 @@ def monosemanticity(activations: torch.Tensor, embeddings: torch.Tensor, chunk: 
         pairs = a.sum(0).square() - square.sum(0)
         scores.append(torch.where((a > 0).sum(0) > 1, alike / pairs, torch.nan))
     return torch.cat(scores)
+
+
+def latent_monosemanticity(directions: Directions, split: Split, embeddings: torch.Tensor,
+                           chunk: int = 256) -> torch.Tensor:
+    """``monosemanticity`` of every candidate over the patches of a split, some candidates at a time: ``[S]``."""
+    z, parts = split.patches, torch.arange(directions.weight.shape[1]).split(chunk)
+    return torch.cat([monosemanticity(directions.scores(z, part), embeddings) for part in parts])
+
+
+def own_precision(directions: Directions, split: Split, own: np.ndarray, chunk: int = 256) -> np.ndarray:
+    """Average precision of every candidate for one concept each, ``own [S]`` (columns of the split): ``[S]``."""
+    z, truth, found = split.patches, split.positives, []
+    for part in torch.arange(directions.weight.shape[1]).split(chunk):
+        h = directions.scores(z, part).numpy()
+        found += [average_precision(h[:, i], truth[:, [own[s]]])[0] for i, s in enumerate(part.tolist())]
+    return np.array(found)
 
 
 def patch_attributes(split: Split) -> torch.Tensor:
@@ -64,8 +83,8 @@ def morans_i(heat: torch.Tensor) -> torch.Tensor:
 def spatial_coherence(directions: Directions, split: Split) -> torch.Tensor:
     """Moran's I of every candidate, averaged over the images on which it has differences: ``[S]``."""
     total = count = 0
-    for z in split.z[:, 1:].split(64):
-        heat = directions.scores(z).transpose(1, 2).unflatten(-1, (round(z.shape[1] ** 0.5), -1))
+    for h in image_scores(directions, split.z[:, 1:]):
+        heat = h.transpose(1, 2).unflatten(-1, (round(h.shape[1] ** 0.5), -1))
         values = morans_i(heat)
         total, count = total + values.nan_to_num().sum(0), count + values.isfinite().sum(0)
     return total / count
@@ -74,17 +93,32 @@ def spatial_coherence(directions: Directions, split: Split) -> torch.Tensor:
 def stability(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
     """Decoder cosine of every latent with its partner in another seed: ``[S,D], [S',D] -> [min(S,S')]``.
 
-    Partners are different for different latents: the one-to-one matching of largest total cosine.
+    Partners are different for different latents: the one-to-one matching of largest total cosine. Of more than
+    ``MOST_MATCHED`` latents so many, in equal steps, are matched to all of the other seed, and the rest are NaN.
     """
-    cosine = (F.normalize(first, dim=1) @ F.normalize(second, dim=1).T).numpy()
+    chosen = spread(len(first), MOST_MATCHED)
+    cosine = (F.normalize(first[chosen], dim=1) @ F.normalize(second, dim=1).T).numpy()
     rows, columns = linear_sum_assignment(cosine, maximize=True)
-    return cosine[rows, columns]
+    if len(chosen) == len(first):
+        return cosine[rows, columns]
+    found = np.full(len(first), np.nan, np.float32)
+    found[chosen[rows]] = cosine[rows, columns]
+    return found
 
 
-def coherence(decoder: torch.Tensor) -> np.ndarray:
+def spread(n: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below n, from 0 in equal steps."""
+    return np.unique(np.arange(min(n, most)) * n // min(n, most))
+
+
+def coherence(decoder: torch.Tensor, chunk: int = 1024) -> np.ndarray:
     """Redundancy: the largest absolute cosine of every decoder row with another row: ``[S,D] -> [S]``."""
-    rows = F.normalize(decoder, dim=1)
-    return (rows @ rows.T).fill_diagonal_(0).abs().amax(1).numpy()
+    rows, found = F.normalize(decoder, dim=1), []
+    for start in range(0, len(rows), chunk):
+        cosine = (rows[start:start + chunk] @ rows.T).abs()
+        itself = torch.arange(start, start + len(cosine))[:, None]
+        found.append(cosine.scatter_(1, itself, 0).amax(1))
+    return torch.cat(found).numpy()
 
 
 # Hierarchy ----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ when both sets of scenes show them: of the pictogram world's task ``nouns`` thes
 4 textures and 6 backgrounds of pre-training, both styles and all 10 words.
 """
 
+import copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +37,8 @@ BAR = 0.6
 COUNTED = ("noun", "colour", "texture", "background")
 #: Bootstrap samples of an interval, and thresholds at most in each (quantiles of the positives' scores).
 RESAMPLES, THRESHOLDS = 200, 256
+#: Scores held at once, at most: 67 MB, those of one image of the paper's size.
+DENSE = 2**24
 
 
 class Directions(NamedTuple):
@@ -65,8 +69,15 @@ class Directions(NamedTuple):
 
 
 def latent_directions(sae: SparseAutoencoder) -> Directions:
-    """The latents of an autoencoder as candidates."""
+    """The latents of an autoencoder as candidates, on the CPU as the tokens of a ``Split`` are."""
+    sae = copy.deepcopy(sae).cpu()
     return Directions(*(p.detach() for p in (sae.b_dec, sae.W_enc, sae.b_enc)), sae=sae)
+
+
+def image_scores(directions: Directions, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Scores of every candidate on tokens ``[B,T,D]``, some images at a time: parts of ``[B,T,S]``."""
+    at_once = max(1, min(64, DENSE // (z.shape[1] * directions.weight.shape[1])))
+    return (directions.scores(part) for part in z.split(at_once))
 
 
 class Split(NamedTuple):
@@ -219,8 +230,7 @@ def image_recovery(directions: Directions, train: Split, test: Split) -> pd.Data
     shown = {name: (split.share >= COVERED).any(1) for name, split in (("train", train), ("test", test))}
     values = {name: {reading: [] for reading in READINGS} for name in shown}
     for name, split in (("train", train), ("test", test)):
-        for z in split.z.split(64):
-            h = directions.scores(z)
+        for h in image_scores(directions, split.z):
             for reading, function in READINGS.items():
                 values[name][reading].append(function(h))
     rows, truth = [], PatchTruth(shown["train"])

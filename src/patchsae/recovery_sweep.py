@@ -6,7 +6,7 @@ keyed by their settings and the model's weights; what is already in the tables i
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from patchsae import controls
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, load_clip
-from patchsae.config import Profile, start
+from patchsae.config import Profile, device, start
 from patchsae.datasets import open_dataset
 from patchsae.recovery import (
     BAR,
@@ -36,6 +36,8 @@ from patchsae.train import run_key, trained_sae
 VARIANTS = {"lambda x0.5": {"l1": 0.5}, "lambda x2": {"l1": 2}, "expansion x0.5": {"expansion": 0.5},
             "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}, **ACTIVATIONS}
 SEEDS = 3
+#: Methods that train nothing: notebook 07 has them where the tables are not made yet.
+CHEAP = ("autoencoder", "principal components", "neurons", "hidden neurons", "random autoencoder", "linear probe")
 #: Training scenes that candidates are matched on, at most.
 MATCH_IMAGES = 2048
 TABLES = ("concept_recovery.csv", "recovery_samples.csv")
@@ -59,10 +61,11 @@ def splits(profile: Profile, clip: Clip) -> list[Split]:
                              for split, n in sizes.items()))
 
 
-def methods(configuration: str, profile: Profile, clip: Clip) -> dict:
+def methods(configuration: str, profile: Profile, clip: Clip, first_seed: int) -> dict:
     """Method -> function of the two splits that gives candidates and the two splits they read.
 
     The default has every control; other widths have k-means with as many centroids, and layers their autoencoder.
+    Without chance in them, neurons and the probe are the same for every seed: they come with the first.
     """
     train, seed = open_dataset(profile, profile.data.task, "train"), profile.seed
     width = round(profile.sae.expansion * clip.width)
@@ -82,17 +85,23 @@ def methods(configuration: str, profile: Profile, clip: Clip) -> dict:
     if configuration != "default":
         kept = ("autoencoder", "k-means") if "expansion" in configuration else ("autoencoder",)
         found = {k: found[k] for k in kept}
-    # Without chance in them, neurons and the probe are the same for every seed.
     once = ("neurons", "hidden neurons", "linear probe")
-    return {k: v for k, v in found.items() if k not in once or seed == 0}
+    return {k: v for k, v in found.items() if k not in once or seed == first_seed}
 
 
-def tables(profile: Profile) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two committed tables."""
+def tables(profile: Profile, clip: Clip) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The two tables of the profile; where they are not made yet, the first seed of what needs no training."""
     paths = [profile.data_dir / name for name in TABLES]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"There is no {missing[0]}; run make mini-artifacts, which makes its rows.")
-    return tuple(pd.read_csv(path) for path in paths)
+    if all(path.is_file() for path in paths):
+        return tuple(pd.read_csv(path) for path in paths)
+    print(f"There is no {paths[0].name} of the profile {profile.name}: what follows has one seed, the default and the "
+          f"controls that need no training; make mini-artifacts PROFILE={profile.name} trains the rest.")
+    both, found = splits(profile, clip), []
+    for method, make in methods("default", profile, clip, profile.seed).items():
+        if method in CHEAP:
+            names = ("default", method, profile.seed, run_key(profile, clip))
+            found.append(_labelled(names, *_recovered(make, both, profile.seed)))
+    return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*found))
 
 
 def recovered(recovery: Recovery) -> pd.DataFrame:
@@ -110,28 +119,37 @@ def rows(profile: Profile, clip: Clip, known: set) -> Iterator[tuple[tuple, Dire
     for configuration, changed in variants(profile).items():
         for seed in range(profile.seed, profile.seed + SEEDS):
             own = dataclasses.replace(changed, seed=seed)
-            for method, make in methods(configuration, own, clip).items():
+            for method, make in methods(configuration, own, clip, profile.seed).items():
                 names = (configuration, method, seed, run_key(own, clip))
                 if names not in known:
                     layer = own.model.layer
                     read = read if layer in read else {layer: splits(own, clip)}
-                    directions, train, test = make(*read[layer])
-                    weights = resamples(len(test.z), profile.seed)
-                    yield names, directions, recover(directions, train, test, weights)
+                    yield names, *_recovered(make, read[layer], profile.seed)
+
+
+def _recovered(make: Callable, both: list[Split], seed: int) -> tuple[Directions, Recovery]:
+    """The candidates of one method and what they recover."""
+    directions, train, test = make(*both)
+    return directions, recover(directions, train, test, resamples(len(test.z), seed))
+
+
+def _labelled(names: tuple, directions: Directions, found: Recovery) -> list[pd.DataFrame]:
+    """Rows of both tables, under the names of the row."""
+    label = pd.DataFrame([dict(zip(NAMES, names))])
+    table = found.table.assign(candidates=directions.weight.shape[1]).round(4)
+    return [label.merge(part, how="cross") for part in (table, recovered(found))]
 
 
 def run(profile: Profile) -> None:
     """Fill both tables with whatever they lack, a row of either at a time, and drop rows of other settings."""
-    clip, paths = load_clip(profile.model.name), [profile.data_dir / name for name in TABLES]
+    clip, paths = load_clip(profile.model.name, device()), [profile.data_dir / name for name in TABLES]
     old = [pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=NAMES) for path in paths]
     known = {tuple(names) for names in old[1][NAMES].drop_duplicates().to_numpy().tolist()}
     for names, directions, found in rows(profile, clip, known):
-        label = pd.DataFrame([dict(zip(NAMES, names))])
-        table = found.table.assign(candidates=directions.weight.shape[1]).round(4)
-        new = [label.merge(part, how="cross") for part in (table, recovered(found))]
+        new = _labelled(names, directions, found)
         old = [pd.concat([a, b], ignore_index=True) if len(a) else b for a, b in zip(old, new)]
         _write(paths, old)
-        share = (table[table["kind"].isin(COUNTED)]["auprc"] >= BAR).mean()
+        share = (found.table[found.table["kind"].isin(COUNTED)]["auprc"] >= BAR).mean()
         print(f"{names[0]}, {names[1]}, seed {names[2]}: {share:.1%}", flush=True)
     _write(paths, [_current(profile, clip, table) for table in old])
 
@@ -140,7 +158,7 @@ def _current(profile: Profile, clip: Clip, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table that belong to today's settings, in the order of the variants."""
     order = [(name, method, seed, run_key(own, clip)) for name, changed in variants(profile).items()
              for own in (dataclasses.replace(changed, seed=s) for s in range(profile.seed, profile.seed + SEEDS))
-             for seed in [own.seed] for method in methods(name, own, clip)]
+             for seed in [own.seed] for method in methods(name, own, clip, profile.seed)]
     place = {names: i for i, names in enumerate(order)}
     at = [place.get(tuple(names), -1) for names in table[NAMES].to_numpy().tolist()]
     return table.assign(at=at)[np.array(at) >= 0].sort_values("at", kind="stable").drop(columns="at")

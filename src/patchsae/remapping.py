@@ -22,13 +22,14 @@ PENALTY = 1e-3
 
 
 @torch.no_grad()
-def image_latents(tower: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+def image_latents(tower: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float,
+                  batch_images: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Image-level activations ``[N,S]``, means over image tokens, and class counts ``[C,S]`` (sec. 3.2, eq. 5).
 
     One pass; counts are those of ``collect_latents``. Prompt tokens are left out.
     """
     means, counts = [], torch.zeros(len(ds.class_names), sae.n_latents, dtype=torch.long, device=tower.device)
-    for batch in token_batches(tower, ds, layer):
+    for batch in token_batches(tower, ds, layer, batch_images):
         h = sae.encode(batch.z[:, :tower.n_tokens])
         means.append(h.mean(1))
         counts.index_add_(0, batch.labels.to(tower.device), (h > tau).sum(1))

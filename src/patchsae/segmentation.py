@@ -179,6 +179,14 @@ def _some(entries: list[Entry], folder: Path) -> list[Entry]:
 
 #: Folder under ``data/<profile>/segmentation/`` -> its reader.
 READERS = {"ade20k": ade20k, "partimagenet": partimagenet, "oxford-pets": oxford_pets}
+#: Where the first of them, which has most concepts, comes from.
+SOURCE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+
+
+def masks_folder(profile: Profile) -> Path | None:
+    """The first public set of masks that is there; none is needed where the profile's own images have ground truth."""
+    folders = [profile.data_dir / "segmentation" / name for name in READERS]
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def open_masked(profile: Profile, clip: Clip, split: str):
@@ -186,8 +194,7 @@ def open_masked(profile: Profile, clip: Clip, split: str):
     own = profile.data.source == "scenes" and open_dataset(profile, profile.data.task, split)
     if own:
         return own
-    folder = profile.data_dir / "segmentation"
-    for name, read in READERS.items():
-        if (folder / name).is_dir():
-            return read(folder / name, split, clip.image_size, clip.grid)
-    raise FileNotFoundError(f"There are no masks in {folder}; unpack one of {', '.join(READERS)} there.")
+    if (folder := masks_folder(profile)) is not None:
+        return READERS[folder.name](folder, split, clip.image_size, clip.grid)
+    raise FileNotFoundError(f"There are no masks in {profile.data_dir / 'segmentation'}; unpack one of "
+                            f"{', '.join(READERS)} there, the first from {SOURCE}.")

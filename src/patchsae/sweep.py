@@ -11,7 +11,7 @@ import pandas as pd
 
 from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import ROOT, Profile, start
+from patchsae.config import ROOT, Profile, device, start
 from patchsae.datasets import open_dataset, templates
 from patchsae.fidelity import measure
 from patchsae.train import committed_folder, new_sae, run_folder, run_key, train_sae
@@ -84,7 +84,7 @@ def row(name: str, profile: Profile, clip: Clip, sae) -> dict:
 
 def run(profile: Profile) -> pd.DataFrame:
     """Train and measure whatever the table does not have yet; keep the autoencoders that notebooks look into."""
-    clip, path = load_clip(profile.model.name), table_path(profile)
+    clip, path = load_clip(profile.model.name, device()), table_path(profile)
     done = pd.read_csv(path).to_dict("records") if path.is_file() else []
     rows = []
     for (name, _), changed in configurations(profile).items():
