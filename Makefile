@@ -85,6 +85,16 @@ clean:  ## remove build/ (the environment and everything committed stay)
 	rm -rf build
 	@echo 'Removed build/; the environment, data/ and figures/ were left alone.'
 
+.PHONY: cache bench-cache stress-cache
+cache: | env  ## write the activations of the training images to the disk, after a question (CACHE=--yes, --verify)
+	@"$(PYTHON)" -m patchsae.cache $(CACHE)
+
+bench-cache: | env  ## time the cache of activations against an Arrow cache (a minute)
+	"$(PYTHON)" tools/bench_cache.py
+
+stress-cache: | env  ## damage a small cache in 200 ways and kill its writing 20 times (a minute)
+	"$(PYTHON)" tools/stress_cache.py
+
 .PHONY: bench-ablation
 bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
 	"$(PYTHON)" tools/bench_ablation.py

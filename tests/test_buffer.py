@@ -1,5 +1,7 @@
 """The order of training: every token once an epoch, by the seed alone, from wherever the tokens come."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,31 @@ def test_orders_are_kept_and_cannot_be_changed():
     assert epoch_rows(50, 0, 0) is epoch_rows(50, 0, 0)
     with pytest.raises(ValueError):
         epoch_rows(50, 0, 0)[0] = 1
+
+
+@pytest.mark.parametrize("shuffle", ["images", "tokens"])
+def test_a_training_reads_the_cache_that_its_profile_names(clip, tmp_path, monkeypatch, shuffle):
+    from patchsae import cache as cache_room
+    from patchsae import train as train_room
+    from patchsae.config import Profile
+
+    monkeypatch.setattr(Profile, "data_dir", property(lambda self: tmp_path))
+    profile = load_profile("mini").with_sae(expansion=3, batch_images=4, steps=4, save_every=4, shuffle=shuffle)
+    cached = dataclasses.replace(profile, data=dataclasses.replace(profile.data, cache="float16"))
+    ds = ArrayDataset(torch.randn(23, 3, 16, 16, generator=torch.Generator().manual_seed(1)), np.arange(23) % 5)
+    assert train_room.run_key(cached, clip) != train_room.run_key(profile, clip)
+    with pytest.raises((OSError, ValueError)) as error:
+        train_room.train_sae(cached, clip, ds, tmp_path / "none")
+    assert one_sentence(error.value) and "make cache" in str(error.value)
+    folder = cache_room.cache_folder(cached, clip, ds)
+    cache_room.write_cache(clip, ds, -2, folder, shard_images=5)
+    plain, found = (train_room.cache(p, clip, ds) for p in (profile, cached))
+    assert plain is None
+    for a, b in zip(training_batches(profile, clip, ds, range(9)), training_batches(cached, clip, ds, range(9), found)):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    train_room.train_sae(cached, clip, ds, tmp_path / "run")
+    other = dataclasses.replace(profile, data=dataclasses.replace(profile.data, cache="bfloat16"))
+    with pytest.raises(ValueError) as error:
+        train_room.cache(other, clip, ds)
+    assert one_sentence(error.value) and "float16" in str(error.value)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random_sae
+from test_images import folder
+from test_processes import launch
 
-from patchsae import ArrayDataset, SparseAutoencoder, collect_latents
+from patchsae import ArrayDataset, SparseAutoencoder, collect_latents, latents, onednn
 from patchsae.clip import Clip
 from patchsae.latents import LatentStatistics, saved_latents
 
@@ -464,3 +466,98 @@ def test_saved_statistics_never_answer_another_question(clip, tmp_path, change):
         assert one_sentence(error)
     else:
         assert same(found, fresh)
+
+
+# Many processes -----------------------------------------------------------------------------------------
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from conftest import LAYER, random_clip_model
+from test_latents import quiet_sae, some_data, whole_sae, integers, Exact
+import numpy as np, torch
+from patchsae import ArrayDataset, activations, processes
+from patchsae.clip import Clip
+from patchsae.images import FileDataset
+from patchsae.latents import collect_latents, saved_latents
+import conftest
+
+torch.set_num_threads(1)
+processes.join()
+activations.MOST_UNREADABLE = 0.2
+out, clip = Path(sys.argv[1]), Clip(random_clip_model(), None, conftest.tiny_processor())
+rng = np.random.default_rng(0)
+ties = ArrayDataset(integers(rng.integers(-1, 2, (33, 60))), rng.integers(0, 3, 33), class_names="abc")
+asked = {"plain": (clip, quiet_sae(), some_data(40, 4), 10, 6),
+         "last part small": (clip, quiet_sae(), some_data(13, 3), 3, 6),
+         "ties": (Exact(random_clip_model()), whole_sae(), ties, 7, 4),
+         "one batch": (clip, quiet_sae(), some_data(5, 3), 3, 8)}
+for name, (model, sae, ds, k, batch) in asked.items():
+    for rank in range(2):
+        found = collect_latents(model, sae, ds, LAYER, n_reference=k, batch_images=batch)
+        if processes.rank() == rank:
+            found.save(out / f"{name} {rank}")
+images = Path(sys.argv[2])
+files = FileDataset(images, [(images / f"{i:04}.png", i % 2) for i in range(40)], ("even", "odd"), conftest.SIDE)
+found = saved_latents(out / "kept", clip, quiet_sae(), files, LAYER, n_reference=3, batch_images=5)
+assert sorted(files.unreadable) == [3, 8, 30] and found.n_unreadable == 3 and found.n_images == 37
+found.save(out / f"files {processes.rank()}")
+"""
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    """Each of two processes, bit for bit; images that cannot be read are counted over both."""
+    (tmp_path / "images").mkdir()
+    folder(tmp_path / "images", 40, (3, 8, 30))
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        for error, status in launch(SHARED, str(tmp_path / str(n)), str(tmp_path / "images"), n=n):
+            assert status == 0, error
+    for name in ("plain", "last part small", "ties", "one batch", "files"):
+        expected = LatentStatistics.load(tmp_path / "1" / f"{name} 0")
+        for rank in range(2):
+            assert same(LatentStatistics.load(tmp_path / "2" / f"{name} {rank}"), expected), (name, rank)
+    assert len(list((tmp_path / "2" / "kept").iterdir())) == 1
+
+
+# Autoencoders that are encoded in parts -----------------------------------------------------------------
+
+
+def test_parts_are_the_whole(exact, monkeypatch):
+    """Integers, so that no order of a sum shows: the same bits in parts of a few images and latents as at once."""
+    rng = np.random.default_rng(3)
+    ds = ArrayDataset(integers(rng.integers(-2, 3, (23, 60))), rng.integers(0, 3, 23), class_names="abc")
+    sae = whole_sae(20)
+    whole = collect_latents(exact, sae, ds, LAYER, n_reference=4, batch_images=7)
+    monkeypatch.setattr(onednn, "WIDE", WIDTH)
+    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 6)
+    monkeypatch.setattr(latents, "IMAGES_AT_ONCE", 3)
+    assert latents._Encoder(sae).rows is not None
+    assert same(whole, collect_latents(exact, sae, ds, LAYER, n_reference=4, batch_images=7))
+
+
+def test_parts_against_the_loop(clip, monkeypatch):
+    monkeypatch.setattr(onednn, "WIDE", WIDTH)
+    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 8)
+    ds, sae = some_data(40, 4), quiet_sae()
+    expected = naive(latents_of(clip, sae, ds), ds.labels.tolist(), [ds[i].id for i in range(40)], 4, 0.2, 10)
+    compare(collect_latents(clip, sae, ds, LAYER), expected)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_other_activations_are_never_encoded_in_parts(activation, monkeypatch):
+    monkeypatch.setattr(onednn, "WIDE", 4)
+    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 6)
+    assert latents._Encoder(SparseAutoencoder(WIDTH, 20, activation=activation, k=3)).rows is None
+
+
+def test_oneDNN_is_not_asked_for_gradients(monkeypatch):
+    monkeypatch.setattr(onednn, "WIDE", 4)
+    layer, x = torch.nn.Linear(6, 5), torch.randn(3, 6, requires_grad=True)
+    with onednn.Linears():
+        y = layer(x)
+        y.sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), y)
+    assert x.grad is not None and layer.weight.grad is not None

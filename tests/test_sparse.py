@@ -1,4 +1,4 @@
-"""The sparse step against the dense loss and autograd; the GPU's kernels, in Triton's interpreter, against the CPU's."""
+"""The sparse step against the dense loss and autograd; the GPU's kernels, in Triton's interpreter, against the CPU."""
 
 import numpy as np
 import pytest

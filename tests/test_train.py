@@ -11,6 +11,7 @@ from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
 import patchsae.formats
+import patchsae.sae
 import patchsae.steps
 import patchsae.train
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
@@ -150,7 +151,7 @@ def test_no_warm_up():
 
 def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_update(monkeypatch):
     sae, seen = sleepy_sae(torch.float64), []
-    loss, step = patchsae.steps.sae_loss, torch.optim.Adam.step
+    loss, step = patchsae.sae.sae_loss, torch.optim.Adam.step
 
     def checked_loss(sae, *args, **kwargs):
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(16, dtype=torch.float64))
@@ -161,7 +162,7 @@ def test_rows_are_unit_at_the_loss_and_the_gradient_is_perpendicular_at_the_upda
         seen.append(bool(along < 1e-14) and bool(sae.W_dec.grad.abs().max() > 1e-4))
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(patchsae.steps, "sae_loss", checked_loss)
+    monkeypatch.setattr(patchsae.sae, "sae_loss", checked_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", checked_step)
     train_steps(sae, tokens(12, torch.float64), lr=0.05, warmup=1, dead_after=2)
     assert seen == [True] * 12
@@ -387,7 +388,7 @@ def interrupt_once(monkeypatch, owner, name, at, after=False):
 @pytest.mark.parametrize(
     "owner, name, after",
     [
-        (patchsae.steps, "sae_loss", False),
+        (patchsae.sae, "sae_loss", False),
         (torch.Tensor, "backward", True),
         (torch.optim.Adam, "step", False),
         (torch.optim.Adam, "step", True),
@@ -610,3 +611,33 @@ def test_global_generators_do_not_matter_and_are_left_alone(whole, clip, tmp_pat
         np.random.get_state()[1].sum(),
     )
     assert before == after
+
+
+def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monkeypatch):
+    """What a GPU finds too late: the steps since the last checkpoint are taken again, with twice the room."""
+    profile, ds = whole[:2]
+    original, rooms = patchsae.steps.Training.look, []
+
+    def look(self):
+        if self.steps_done == 7 and len(rooms) < 2:
+            rooms.append(self.room)
+            raise patchsae.steps.TooManyActive
+        original(self)
+
+    monkeypatch.setattr(patchsae.steps.Training, "look", look)
+    assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
+    assert rooms == [3, 6]
+
+
+def test_command_line(monkeypatch, tmp_path, capsys):
+    """``python -m patchsae.train --profile mini`` trains where the notebooks look for it."""
+    seen = []
+    monkeypatch.setattr(patchsae.train, "train_sae", lambda profile, clip, ds, folder: seen.append((profile, folder)))
+    monkeypatch.setattr("sys.argv", ["train", "--profile", "mini"])
+    patchsae.train.main()
+    (profile, folder), = seen
+    assert profile.name == "mini" and str(folder.relative_to(patchsae.train.ROOT)) in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["train", "--profile", "none"])
+    with pytest.raises(SystemExit) as error:
+        patchsae.train.main()
+    assert one_sentence(str(error.value))

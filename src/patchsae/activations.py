@@ -39,6 +39,10 @@ class TokenBatch(NamedTuple):
     rows: np.ndarray
 
 
+class LostWorker(RuntimeError):
+    """A process that reads images has ended."""
+
+
 class _Reader(Dataset):
     """Reads batches of images, in worker processes where there are any: cropped, and still uint8.
 
@@ -110,8 +114,8 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise RuntimeError("A process that reads images was ended from outside, perhaps for want of memory; run it "
-                           "again, and it goes on where it was.") from error
+        raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
+                         "from what is finished.") from None
 
 
 def _tolerate(ds, unreadable: dict[int, str]) -> None:

@@ -69,7 +69,9 @@ class TrainingTokens:
 
     def __init__(self, clip: Clip, ds, layer: int, bf16: bool = False, cache=None):
         self.clip, self.ds, self.layer, self.bf16, self.cache, self.kept = clip, ds, layer, bf16, cache, None
-        if cache is None and 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
+        if cache is not None:
+            getattr(ds, "unreadable", {}).update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
+        elif 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
             with self._autocast():
                 kept = list(token_batches(clip, ds, layer, title="tokens of the images"))
             self.kept = torch.cat([batch.z[:, :clip.n_tokens].float() for batch in kept])

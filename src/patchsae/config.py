@@ -34,7 +34,7 @@ class DataSettings:
     """Where images come from and how many are used; ``batch_images`` is for passes that do not train.
 
     ``image_size``: pixels a side that images in files are cropped to, as the model takes them. ``get``: the command
-    that gets them.
+    that gets them. ``cache``: "float16" or "bfloat16" to train on the tokens that ``make cache`` has written, or "".
     """
 
     source: str
@@ -45,6 +45,7 @@ class DataSettings:
     train_images: int
     test_images: int
     batch_images: int
+    cache: str
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class Profile:
         if self.sae.activation in ("relu", "jumprelu"):
             del sae["k"]
         data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
+        data |= {"cache": self.data.cache} if self.data.cache else {}
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
 
@@ -216,6 +218,7 @@ def load_profile(name: str | None = None) -> Profile:
     _choose(path.name, "shuffle", profile.sae.shuffle, "images", "tokens")
     _choose(path.name, "precision", profile.sae.precision, "float32", "bf16")
     _choose(path.name, "templates", profile.model.templates, "own", "imagenet_ensemble_7", "imagenet_ensemble_80")
+    _choose(path.name, "cache", profile.data.cache, "", "float16", "bfloat16")
     _choose(path.name, "source", profile.data.source, "scenes", "folders", "benchmarks")
     return profile
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from patchsae import onednn, processes
 from patchsae.activations import token_batches
 from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors
-from patchsae.clip import Clip
+from patchsae.clip import Clip, load_clip
+from patchsae.config import ROOT, device, start
+from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder
+from patchsae.train import trained_sae
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
 MIN_REFERENCE = 10
+#: What a CPU encodes at a time where it goes through oneDNN: 6 MB of latents of ViT-B/16's 197 tokens.
+IMAGES_AT_ONCE, LATENTS_AT_ONCE = 4, 2048
 
 
 @dataclass(frozen=True)
@@ -75,34 +82,116 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
     """Statistics, reference images and class counts in one pass.
 
     ``tokens``: "all" image tokens, "cls" for the class token alone, or "all and prompts", which counts an adapted
-    tower's prompt tokens as if they were patches, as the published code does.
+    tower's prompt tokens as if they were patches, as the published code does. Processes that were launched together
+    share the batches, and each of them returns the statistics of the whole.
     """
+    mine = _Part(ds, batch_images) if processes.count() > 1 else ds
     running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
-    ids, labels, rows = [], [], []
-    with torch.no_grad():
-        for batch in token_batches(clip, ds, layer, batch_images, title):
+    encoder, ids, labels, rows = _Encoder(sae), [], [], []
+    with torch.no_grad(), onednn.Linears():
+        # A process beyond the last batch has nothing to do; a data set without images is an error all the same.
+        nothing = processes.count() > 1 and len(ds) and not len(mine)
+        for batch in () if nothing else token_batches(clip, mine, layer, batch_images, title):
             # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
             z = batch.z[:, :{"cls": 1, "all": clip.n_tokens, "all and prompts": batch.z.shape[1]}[tokens]]
-            running.add(sae.encode(z), batch.labels.to(clip.device))
+            running.add(*encoder.image_level(z, tau), batch.labels.to(clip.device))
             ids += batch.ids
-            labels.append(batch.labels)
-            rows.append(torch.from_numpy(batch.rows))
-    return running.finish(np.array(ids, dtype=object), torch.cat(labels), torch.cat(rows), sae.fingerprint(),
+            labels += batch.labels.tolist()
+            rows += batch.rows.tolist()
+    if processes.count() > 1:
+        running.merge()
+        ids, labels, rows = (sum(parts, []) for parts in zip(*processes.gathered((ids, labels, mine.places(rows)))))
+        mine.tell_unreadable()
+    return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows), sae.fingerprint(),
                           len(getattr(ds, "unreadable", ())))
 
 
 def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2,
                   n_reference: int = 10, batch_images: int = 64, tokens: str = "all") -> LatentStatistics:
-    """``collect_latents``, kept in ``folder`` under a key of the model, the autoencoder, the data set and the code."""
-    # A kept result must not outlive a change of what computes it.
-    rooms = ("latents.py", "activations.py", "sae.py", "clip.py")
+    """``collect_latents``, kept in ``folder`` under a key of the model, the autoencoder, the data set and the code.
+
+    Of processes that were launched together the first one writes, and all of them read what it wrote.
+    """
+    folder = folder / f"latents-{latents_key(clip, sae, ds, layer, tau, n_reference, tokens)}"
+    # The first process's answer, since the others may look when it has just been written.
+    if not processes.gathered((folder / "latents.json").is_file())[0]:
+        title = f"latents of {len(ds)} images"
+        found = collect_latents(clip, sae, ds, layer, tau, n_reference, batch_images, tokens, title)
+        if processes.rank() == 0:
+            found.save(folder)
+        processes.wait()
+    return LatentStatistics.load(folder)
+
+
+def latents_key(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float, n_reference: int, tokens: str) -> str:
+    """Hash of everything that decides the statistics, the code among it: a kept result must not outlive it."""
+    rooms = ("latents.py", "onednn.py", "activations.py", "sae.py", "variants.py", "clip.py")
     code = [Path(__file__).with_name(name).read_text() for name in rooms]
     key = [clip.fingerprint(), sae.fingerprint(), ds.fingerprint(), clip.block(layer), tau, n_reference, tokens, *code]
-    folder = folder / f"latents-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    if not (folder / "latents.json").is_file():
-        title = f"latents of {len(ds)} images"
-        collect_latents(clip, sae, ds, layer, tau, n_reference, batch_images, tokens, title).save(folder)
-    return LatentStatistics.load(folder)
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+class _Part:
+    """This process's part of a data set: whole batches, so that each has the bits it would have in one process."""
+
+    def __init__(self, ds, batch_images: int):
+        batches = processes.share(-(-len(ds) // batch_images))
+        self.ds, self.rows = ds, range(len(ds))[batches.start * batch_images:batches.stop * batch_images]
+        if hasattr(ds, "unreadable"):
+            self.unreadable = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int):
+        return self.ds[self.rows[i]]
+
+    def places(self, rows) -> list[int]:
+        """Positions in the whole data set of positions in this part."""
+        return [self.rows[i] for i in rows]
+
+    def tell_unreadable(self) -> None:
+        """Note in the data set what no process could read; each has made sure that its own are few enough."""
+        if hasattr(self, "unreadable"):
+            found = dict(zip(self.places(self.unreadable), self.unreadable.values()))
+            for part in processes.gathered(found):
+                self.ds.unreadable.update(part)
+
+
+class _Encoder:
+    """Encodes tokens for the sake of each image's mean activations and counts.
+
+    The latents of an image are 39 MB at the paper's size. On a CPU they are made some at a time, small enough to be
+    counted before they leave its cache.
+    """
+
+    def __init__(self, sae: SparseAutoencoder):
+        self.sae = sae
+        # Another activation than relu may depend on all latents of a token.
+        in_parts = sae.activation == "relu" and sae.n_latents >= 2 * LATENTS_AT_ONCE and onednn.serves(sae.W_enc.T)
+        self.rows = sae.W_enc.detach().T.contiguous() if in_parts else None
+
+    def image_level(self, z: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean activation over the tokens ``[B,T,D]`` of each image, and how many are above ``tau``: ``[B,S]`` each."""
+        if self.rows is None:
+            return _mean_and_count(self.sae.encode(z), tau)
+        means, counts = [], []
+        for few in z.split(IMAGES_AT_ONCE):
+            mean, count = zip(*(_mean_and_count(h, tau) for h in self._in_parts(few)))
+            means.append(torch.cat(mean, 1))
+            counts.append(torch.cat(count, 1))
+        return torch.cat(means), torch.cat(counts)
+
+    def _in_parts(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """``h [B,T,n]`` of a few images, n latents at a time."""
+        centred = z - self.sae.b_dec
+        for rows, bias in zip(self.rows.split(LATENTS_AT_ONCE), self.sae.b_enc.split(LATENTS_AT_ONCE)):
+            yield onednn.linear(centred, rows, bias, relu=True)
+
+
+def _mean_and_count(h: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over the tokens of ``h [B,T,n]`` and how many are above ``tau``, ``[B,n]`` each; ``h`` is used up."""
+    return h.mean(1), h.gt_(tau).sum(1, dtype=torch.float32).long()
 
 
 class _Running:
@@ -116,24 +205,38 @@ class _Running:
         self.rows = torch.full((n_latents, k), -1, dtype=torch.long, device=device)
         self.class_counts = torch.zeros(n_classes, n_latents, dtype=torch.long, device=device)
 
-    def add(self, h: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count the latents ``[B,T,S]`` of a batch of images with labels ``[B]``."""
-        strength = h.mean(1)
+    def add(self, strength: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count image-level activations and tokens above tau ``[B,S]`` of images with labels ``[B]``."""
         self.active += (strength > 0).sum(0)
         self.strength += strength.sum(0, dtype=torch.double)
-        self.class_counts.index_add_(0, labels, (h > self.tau).sum(1))
-        self._keep_strongest(strength)
-        self.n_images += len(h)
-
-    def _keep_strongest(self, strength: torch.Tensor) -> None:
-        """Merge image-level activations ``[B,S]`` into the strongest k, for the latents where that changes them."""
+        self.class_counts.index_add_(0, labels, counts)
         # An equal value comes later in the data set, so it does not displace: only larger ones do.
         changed = (strength.max(0).values > self.values[:, -1]).nonzero()[:, 0]
         rows = torch.arange(self.n_images, self.n_images + len(strength), device=strength.device)
-        values = torch.cat([self.values[changed], strength.T[changed]], 1)
-        rows = torch.cat([self.rows[changed], rows.expand(len(changed), -1)], 1)
+        self._keep_strongest(changed, strength.T[changed], rows.expand(len(changed), -1))
+        self.n_images += len(strength)
+
+    def _keep_strongest(self, latents, values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Merge later images' activations and rows ``[n,B]`` into the strongest k of some latents ``[n]``."""
+        values, rows = torch.cat([self.values[latents], values], 1), torch.cat([self.rows[latents], rows], 1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :self.values.shape[1]]
-        self.values[changed], self.rows[changed] = values.gather(1, order), rows.gather(1, order)
+        self.values[latents], self.rows[latents] = values.gather(1, order), rows.gather(1, order)
+
+    def merge(self) -> None:
+        """Add what the processes beside this one have seen; every one of them has the whole afterwards.
+
+        Their images follow each other in the order of the data set, so that ties are broken as in one process. Sums of
+        float32 are held in float64, so that nothing of the order they were added in is left in their first 24 bits.
+        """
+        for total in (self.active, self.strength, self.class_counts):
+            processes.add_up(total)
+        parts = processes.gathered((self.n_images, self.values.cpu(), self.rows.cpu()))
+        (self.n_images, values, rows), everything = parts[0], slice(None)
+        self.values, self.rows = values.to(self.values.device), rows.to(self.rows.device)
+        for n_images, values, rows in parts[1:]:
+            rows = torch.where(rows >= 0, rows + self.n_images, -1)
+            self._keep_strongest(everything, values.to(self.values.device), rows.to(self.rows.device))
+            self.n_images += n_images
 
     def finish(self, ids: np.ndarray, labels: torch.Tensor, positions: torch.Tensor, sae_hash: str,
                n_unreadable: int) -> LatentStatistics:
@@ -161,6 +264,10 @@ def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int, ch
     p_c is the activation of class c over all; 0 means one class. Labels of -1 count for nothing.
     """
     result = []
+    if n_classes > labels.shape[1]:
+        # Of many classes each latent has at most k: a label becomes the place where it comes up first.
+        labels = torch.where(labels >= 0, _first_places(labels), -1)
+        n_classes = labels.shape[1]
     for part, value in zip(labels.split(chunk), values.double().split(chunk)):
         weight = torch.zeros(len(part), n_classes, dtype=torch.double)
         weight.scatter_add_(1, part.clamp_min(0), torch.where(part >= 0, value, 0.0))
@@ -170,8 +277,31 @@ def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int, ch
     return torch.cat(result).float() + 0.0
 
 
+def _first_places(labels: torch.Tensor) -> torch.Tensor:
+    """For each of ``[S,k]`` the first column of its row that has the same value."""
+    return (labels.unsqueeze(2) == labels.unsqueeze(1)).byte().argmax(2)
+
+
 def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Population standard deviation of each row of ``[S,k]`` where the mask holds."""
     n = mask.sum(1, keepdim=True)
     mean = torch.where(mask, x, 0.0).sum(1, keepdim=True) / n
     return (torch.where(mask, x - mean, 0.0).square().sum(1) / n[:, 0]).sqrt()
+
+
+def main() -> None:
+    """``python -m patchsae.latents``, alone or through ``accelerate launch -m patchsae.latents``: compute and keep the
+    statistics that the notebooks ask for first, those of the profile's autoencoder on its training images."""
+    processes.join()
+    profile = start()
+    clip = load_clip(profile.model.name, device())
+    train = open_dataset(profile, profile.data.task, "train")
+    found = saved_latents(profile.run_dir, clip, trained_sae(profile, clip, train), train, profile.model.layer,
+                          profile.latents.tau, profile.latents.n_reference, profile.data.batch_images)
+    if processes.rank() == 0:
+        print(f"Statistics of {len(found.frequency)} latents on {found.n_images} images are in "
+              f"{profile.run_dir.relative_to(ROOT)}/; {found.n_unreadable} images could not be read.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,14 @@
 """Work shared between processes that ``accelerate launch`` started; without it, one process has all of it."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def join() -> None:
@@ -40,12 +46,19 @@ def gathered(value) -> list:
     return values
 
 
+def add_up(x: torch.Tensor) -> None:
+    """Replace ``x``, on the device that the launch gave this process, by its sum over all of them."""
+    if count() > 1:
+        dist.all_reduce(x)
+
+
 def average(tensors: list[torch.Tensor]) -> None:
-    """Put into each tensor its mean over the processes."""
+    """Put into each tensor its mean over the processes; gradients of sharded weights are means already."""
     if count() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= count()
+            if not isinstance(tensor, DTensor):
+                dist.all_reduce(tensor)
+                tensor /= count()
 
 
 def anywhere(flags: torch.Tensor) -> torch.Tensor:
@@ -60,3 +73,28 @@ def anywhere(flags: torch.Tensor) -> torch.Tensor:
 def most(number: torch.Tensor) -> int:
     """The largest of a number that each process has."""
     return max(gathered(number.item()))
+
+
+# Weights too large for one device
+
+def shard(module: nn.Module, method: str) -> bool:
+    """Where ``accelerate launch --use_fsdp`` asks for it, give each process a part of every weight; whether it did.
+
+    The weights are put together for the time that ``method`` runs.
+    """
+    asked = count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if asked:
+        kind = next(module.parameters()).device.type
+        fully_shard(module, mesh=init_device_mesh(kind, (count(),)))
+        register_fsdp_forward_method(module, method)
+    return asked
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from its parts, if it has any; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in parts as those of another."""
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -87,6 +87,11 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         """Reconstruct tokens: ``[...,D] -> [...,D]``."""
         return self.decode(self.encode(z))
 
+    def losses(self, z: torch.Tensor, l1: float, dead: torch.Tensor | None = None,
+               candidates: torch.Tensor | None = None) -> "Losses":
+        """``sae_loss`` as a method, before which weights that are sharded over devices are put together."""
+        return sae_loss(self, z, l1, dead, candidates)
+
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give every row of W_dec unit length."""

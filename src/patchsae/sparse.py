@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from patchsae import onednn
 from patchsae.sae import SparseAutoencoder, ghost_loss, reconstruction_error
 
 #: Tokens that the CPU encodes at a time, so that their latents stay in its cache.
@@ -81,7 +82,8 @@ def find_active(sae: SparseAutoencoder, z: torch.Tensor, candidates: torch.Tenso
     parts = []
     for part in z.split(len(z) if z.is_cuda else AT_ONCE):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-            pre = torch.addmm(sae.b_enc, part - sae.b_dec, sae.W_enc)
+            linear = F.linear if bf16 else onednn.linear
+            pre = linear(part - sae.b_dec, sae.W_enc.T, sae.b_enc)
         h = pre if sae.activation == "relu" else sae.activate(pre)
         parts.append((*(_positive_within(h, capacity) if z.is_cuda else _positive(h)), pre[:, candidates].to(z.dtype)))
     if len(parts) == 1:

@@ -12,7 +12,7 @@ import torch
 
 from patchsae import processes
 from patchsae.checkpoints import load_tensors, save_tensors, tensor_hash
-from patchsae.sae import SparseAutoencoder, sae_loss
+from patchsae.sae import SparseAutoencoder
 from patchsae.sparse import sparse_step
 
 #: From this many weights in W_dec on, steps may be sparse and Adam is fused; both round otherwise than the plain forms,
@@ -53,7 +53,8 @@ class Training:
                  dead_after: int = 64, ghost: bool = True, precision: str = "float32", room: int = 3):
         self.sae, self.lr, self.l1, self.warmup, self.room = sae, lr, l1, warmup, room
         self.dead_after, self.ghost, self.bf16, self.steps_done = dead_after, ghost, precision == "bf16", 0
-        device, wide = sae.W_enc.device, sae.d_model * sae.n_latents >= WIDE
+        sharded, device = processes.shard(sae, "losses"), sae.W_enc.device
+        wide = sae.d_model * sae.n_latents >= WIDE and not sharded
         self.look_every = min(LOOK_EVERY[device.type], 1 + dead_after // 2)
         self.sparse_below = SPARSE_BELOW[device.type] if wide and sae.activation in ("relu", "topk") else 0
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=wide or None)
@@ -94,7 +95,7 @@ class Training:
 
     def _dense(self, z: torch.Tensor) -> tuple:
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = sae_loss(self.sae, z, self.l1, *((self.dead, self.candidates) if self.ghost else ()))
+            losses = self.sae.losses(z, self.l1, *((self.dead, self.candidates) if self.ghost else ()))
         self.optimizer.zero_grad()
         losses.total.backward()
         self.sae.update_threshold(losses.h.detach())
@@ -125,17 +126,27 @@ class Training:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a later step depends on, by name."""
-        state = {f"sae.{name}": p for name, p in self.sae.state_dict().items()} | {"quiet": self.quiet}
+        state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()} | {"quiet": self.quiet}
         state |= {"candidates": self.candidates, "counts": torch.tensor([self.steps_done, self.capacity])}
         names = [name for name, _ in self.sae.named_parameters()]
         for i, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"adam.{names[i]}.{key}": torch.as_tensor(value) for key, value in moments.items()}
-        return state
+        return {name: processes.whole(tensor) for name, tensor in state.items()}
+
+    def trained(self) -> SparseAutoencoder:
+        """The autoencoder as it is now, in one piece and with decoder rows of unit length."""
+        old = self.sae
+        first = torch.Generator()  # of its own, so that the global one is left alone
+        sae = SparseAutoencoder(old.d_model, old.n_latents, first, old.activation, old.k).to(self.quiet.device)
+        sae.load_state_dict({name: processes.whole(value) for name, value in old.state_dict().items()})
+        sae.normalise_decoder()
+        return sae
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint: one file of tensors and their hash, so that it is there whole or not at all."""
         tensors = self.tensors()
-        save_tensors(Path(folder) / "checkpoint.safetensors", tensors | {"hash": _hash(tensors)})
+        if processes.rank() == 0:
+            save_tensors(Path(folder) / "checkpoint.safetensors", tensors | {"hash": _hash(tensors)})
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint."""
@@ -146,7 +157,8 @@ class Training:
             raise ValueError(f"{path} lacks {missing[0]}; remove the folder and train again.")
         if not torch.equal(tensors.pop("hash").cpu(), _hash(tensors)):
             raise ValueError(f"{path} is damaged, its hash is another one; remove the folder and train again.")
-        self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
+        own = self.sae.state_dict()
+        self.sae.load_state_dict({name: processes.placed(tensors[f"sae.{name}"], own[name]) for name in own})
         self.quiet, self.candidates = tensors["quiet"], tensors["candidates"]
         self.steps_done, self.capacity = tensors["counts"].tolist()
         state = self.optimizer.state_dict()
@@ -154,7 +166,7 @@ class Training:
             prefix = f"adam.{name}."
             moments = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
             # In the parameter's own layout, which the fused optimiser asks for.
-            state["state"][i] = {k: v.cpu() if k == "step" else torch.empty_like(p).copy_(v)
+            state["state"][i] = {k: v.cpu() if k == "step" else torch.empty_like(p).copy_(processes.placed(v, p))
                                  for k, v in moments.items()}
         self.optimizer.load_state_dict(state)
 

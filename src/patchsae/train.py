@@ -15,12 +15,15 @@ import torch
 from tqdm.auto import tqdm
 
 from patchsae import processes
+from patchsae.activations import LostWorker
 from patchsae.buffer import training_batches
+from patchsae.cache import cache_folder
 from patchsae.checkpoints import load_json, save_json, write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import ROOT, Profile, device, start
 from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder, initial_b_dec
+from patchsae.shards import Cache, open_cache
 from patchsae.steps import Step, TooManyActive, Training
 
 LOG_COLUMNS = ["step", *Step._fields]
@@ -63,13 +66,13 @@ def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAut
         except TooManyActive:
             training = _start_or_resume(profile, clip, ds, folder, key, room=2 * training.room)
             log = _read_log(folder, training.steps_done)
-    training.sae.normalise_decoder()
+    sae = training.trained()
     if processes.rank() == 0:
-        training.sae.save_pretrained(folder)
+        sae.save_pretrained(folder)
         for name in ("training.json", "checkpoint.safetensors"):
             (folder / name).unlink(missing_ok=True)
     processes.wait()
-    return training.sae, pd.DataFrame(log, columns=LOG_COLUMNS)
+    return sae, pd.DataFrame(log, columns=LOG_COLUMNS)
 
 
 def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, folder: Path, key: str) -> None:
@@ -78,7 +81,7 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
     bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
                disable=processes.rank() > 0 or None)
     with bar:
-        for z in training_batches(profile, clip, ds, range(training.steps_done, steps)):
+        for z in training_batches(profile, clip, ds, range(training.steps_done, steps), cache(profile, clip, ds)):
             recent.append(training.step(z))
             bar.update()
             due = training.steps_done % profile.sae.save_every == 0 or training.steps_done == steps
@@ -92,6 +95,17 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
                 if not training.looked:
                     training.look()
                 _save(training, log, folder, key)
+
+
+def cache(profile: Profile, clip: Clip, ds) -> Cache | None:
+    """The disk cache that the profile trains on, if it does."""
+    if not profile.data.cache:
+        return None
+    found = open_cache(clip, ds, profile.model.layer, cache_folder(profile, clip, ds))
+    if found.manifest["dtype"] != profile.data.cache:
+        raise ValueError(f"{found.folder} is in {found.manifest['dtype']}, but the profile asks for "
+                         f"{profile.data.cache}; change data.cache, or remove the folder and run `make cache`.")
+    return found
 
 
 def _given(profile: Profile, clip: Clip, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
@@ -160,13 +174,13 @@ def _log_row(number: int, step: Step) -> tuple:
 
 
 def _save(training: Training, log: list, folder: Path, key: str) -> None:
-    if processes.rank() > 0:
-        return
     # The log comes first: one that is ahead of its checkpoint is cut, one behind it would have a hole.
-    table = pd.DataFrame(log, columns=LOG_COLUMNS)
-    write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
+    if processes.rank() == 0:
+        table = pd.DataFrame(log, columns=LOG_COLUMNS)
+        write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
     training.save(folder)
-    save_json(folder / "training.json", {"key": key})
+    if processes.rank() == 0:
+        save_json(folder / "training.json", {"key": key})
 
 
 def _read_log(folder: Path, steps_done: int) -> list:
@@ -193,7 +207,7 @@ def main() -> None:
         train = open_dataset(profile, profile.data.task, "train")
         folder = run_folder(profile, clip)
         train_sae(profile, clip, train, folder)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LostWorker) as error:
         sys.exit(str(error))
     if processes.rank() == 0:
         print(f"The autoencoder is in {folder.relative_to(ROOT)}")
