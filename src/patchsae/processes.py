@@ -1,6 +1,7 @@
 """Work shared between processes that ``accelerate launch`` started; without it, one process has all of it."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def join() -> None:
-    """Meet the other processes of this launch; call once, at the start of a program."""
-    PartialState()
+    """Meet the other processes of this launch; call once, at the start of a program.
+
+    One may wait for another as long as a pass over a data set takes.
+    """
+    PartialState(timeout=timedelta(days=1))
 
 
 def count() -> int:

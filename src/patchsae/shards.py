@@ -133,23 +133,23 @@ def read_manifest(folder: Path, parts: dict) -> dict:
 
 
 class _Shard:
-    """One shard, mapped into memory, and what its sidecar says of it."""
+    """One shard, mapped into memory, and what its images have to be: ``crc32``, one for each."""
 
-    def __init__(self, path: Path, sidecar: dict, image_bytes: int):
-        self.path, self.sidecar, self.size = path, sidecar, len(sidecar["ids"]) * image_bytes
+    def __init__(self, path: Path, crc32: list[int], image_bytes: int):
+        self.path, self.crc32, self.size = path, np.array(crc32, dtype=np.uint32), len(crc32) * image_bytes
         check_size(path, self.size)
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.images = np.frombuffer(self.map, np.uint8).reshape(-1, image_bytes)
-        self.checked = [False] * len(self.images)
+        self.checked = np.zeros(len(self.images), dtype=bool)
 
     def copy(self, i: int, out: np.ndarray) -> None:
         """Copy the bytes of an image; the first copy of each is checked."""
         check_size(self.path, self.size)  # touching what is no longer there would end the process
         out[:] = self.images[i]
-        if not self.checked[i] and zlib.crc32(out) != self.sidecar["crc32"][i]:
-            raise ValueError(f"{self.path} is damaged, the tokens of image {self.sidecar['ids'][i]} are not those that "
-                             f"were written; {MEND}.")
+        if not self.checked[i] and zlib.crc32(out) != self.crc32[i]:
+            raise ValueError(f"{self.path} is damaged, the tokens of its image {i} are not those that were written; "
+                             f"{MEND}.")
         self.checked[i] = True
 
 
@@ -169,7 +169,7 @@ class Cache:
         self.rows, self._place = np.flatnonzero(readable), np.where(readable, np.cumsum(readable) - 1, -1)
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.shards])
         self._memory = _Memory()
-        self._shard = functools.cache(lambda s: _Shard(self._path(s), self._sidecar(s), self.image_bytes))
+        self._shard = functools.cache(lambda s: _Shard(self._path(s), self._sidecar(s)["crc32"], self.image_bytes))
         self._check_files()
 
     def __len__(self) -> int:
