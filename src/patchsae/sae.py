@@ -14,6 +14,8 @@ from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, wri
 
 #: Largest exponent of a ghost gradient.
 GHOST_EXPONENT = 20
+#: Weight of the auxiliary loss.
+AUXILIARY = 1 / 32
 
 
 class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
@@ -173,11 +175,12 @@ def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: to
         total = mse + l1 + ghost
 
     ``z``: ``[...,D]``; ``dead``: bool ``[S]``, latents that get the ghost term; ``candidates [K]``: latents among which
-    all of those are, so that nobody has to wait for the device to count them. Other activations than relu change two
-    terms. ``l1`` is lambda * mean over tokens of ||h||_0 for jumprelu, and 0 where the number of active latents is
-    fixed. ``mse`` is for matryoshka the mean over its prefixes, of which the first n latents alone reconstruct z; z_hat
-    and the ghost term are those of all latents. Nothing here changes the autoencoder: a training step of its own calls
-    ``sae.update_threshold(h)`` besides.
+    all of those are, so that nobody has to wait for the device to count them.
+
+    Other activations than relu change the terms: ``l1`` is lambda * mean over tokens of ||h||_0 for jumprelu, and 0
+    where the number of active latents is fixed. ``mse`` is for matryoshka the mean over its prefixes, of which the
+    first n latents alone reconstruct z; z_hat is that of all latents. ``ghost`` is what wakes dead latents in each
+    (``_dead_loss``). Nothing here changes the autoencoder: whoever trains calls ``sae.update_threshold(h)`` besides.
     """
     pre = sae.pre_activations(z)
     h = sae.activate_in_training(pre)
@@ -189,7 +192,7 @@ def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: to
     if dead is not None and candidates is None:
         candidates = dead.nonzero()[:, 0]
     if candidates is not None and len(candidates):
-        ghost = ghost_loss(z, z_hat, m, pre[..., candidates], sae.W_dec[candidates], dead[candidates])
+        ghost = _dead_loss(sae, z, z_hat, m, pre, candidates, dead[candidates])
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
 
 
@@ -213,6 +216,32 @@ def _prefix_errors(sae: SparseAutoencoder, z: torch.Tensor, h: torch.Tensor) -> 
         yield reconstruction_error(z, z_hat).mean()
 
 
+def _dead_loss(sae: SparseAutoencoder, z, z_hat, m, pre, candidates, dead: torch.Tensor) -> torch.Tensor:
+    """What wakes dead latents: ghost gradients, in a form that each activation bears.
+
+    Latents that wake at 0 have them as published. Jumprelu has exp of pre - theta, so that thresholds come down too:
+    with exp of pre alone, latents jump from silence to large values on every token. With batchtopk and matryoshka ghost
+    gradients diverge, since a dead latent that grows takes the places of others; they have ``auxiliary_loss``.
+    """
+    pre, rows = pre[..., candidates], sae.W_dec[candidates]
+    if sae.activation in variants.BATCHED:
+        return auxiliary_loss(z, z_hat, pre, rows, dead, sae.k)
+    if sae.activation == "jumprelu":
+        pre = pre - sae.log_threshold[candidates].exp()
+    return ghost_loss(z, z_hat, m, pre, rows, dead)
+
+
+def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
+    """Dead latents reconstruct the residual, the k strongest of each token (after Gao et al. 2024, A.2).
+
+        r = sg(z - z_hat);   mean of (top_k(pre[dead]) W_dec[dead] - r)^2 / ||z||_2, over 32
+
+    Arguments as in ``ghost_loss``.
+    """
+    h = variants.top_k(pre.masked_fill(~dead, 0), min(k, len(dead)))
+    return AUXILIARY * reconstruction_error(z, h @ rows + z_hat.detach()).mean() * dead.any()
+
+
 def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
@@ -220,9 +249,9 @@ def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.T
         q = (g - r)^2 / ||r||_2;  ghost = mean of q sg(m / (q + 1e-6))
 
     ``z, z_hat, m``: ``[...,D]``; of K latents ``pre``: ``[...,K]``, ``rows`` of W_dec: ``[K,D]`` and ``dead``: bool
-    ``[K]``, those that are; 0 if none is. Norms are per token. A dead latent of another activation than relu can be
-    far above 0 and below its threshold: where one is above ``GHOST_EXPONENT`` all of that token are lowered to it,
-    which keeps exp finite and changes nothing, since g is rescaled.
+    ``[K]``, those that are; 0 if none is. Norms are per token. A dead latent of topk can be far above 0: where one is
+    above ``GHOST_EXPONENT`` all of that token are lowered by as much, which keeps exp finite and changes nothing, since
+    g is rescaled.
     """
     r = (z - z_hat).detach()
     size = r.norm(dim=-1, keepdim=True)
