@@ -85,15 +85,16 @@ clean:  ## remove build/ (the environment and everything committed stay)
 	rm -rf build
 	@echo 'Removed build/; the environment, data/ and figures/ were left alone.'
 
-.PHONY: cache bench-cache stress-cache
+.PHONY: cache bench-cache stress
 cache: | env  ## write the activations of the training images to the disk, after a question (CACHE=--yes, --verify)
 	@"$(PYTHON)" -m patchsae.cache $(CACHE)
 
 bench-cache: | env  ## time the cache of activations against an Arrow cache (a minute)
 	"$(PYTHON)" tools/bench_cache.py
 
-stress-cache: | env  ## damage a small cache in 200 ways and kill its writing 20 times (a minute)
+stress: | env  ## damage caches in 200 ways, kill 20 cachings and 20 trainings, compare what is left (3 minutes)
 	"$(PYTHON)" tools/stress_cache.py
+	"$(PYTHON)" tools/stress_training.py
 
 .PHONY: bench bench-gpu
 bench: | env  ## time everything at the paper's size against the published algorithms; docs/performance.md (8 minutes)

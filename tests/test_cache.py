@@ -252,6 +252,7 @@ def test_killed_at_a_random_moment(tmp_path, seed):
 
 def _one_of_two(rank, meeting, source, folder, after):
     """One process of two; the first one is killed after so many shards."""
+    torch.set_num_threads(1)  # a forked process must not wait for threads that it does not have
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     written = []
     write_shard = cache._Writer._write_shard

@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -641,3 +644,10 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         patchsae.train.main()
     assert one_sentence(str(error.value))
+
+
+def test_killed_trainings_continue_to_the_same_bytes():
+    """A few of the kills of ``make stress``."""
+    tool = Path(__file__).parents[1] / "tools" / "stress_training.py"
+    done = subprocess.run([sys.executable, tool, "--kills", "4"], capture_output=True, text=True)
+    assert done.returncode == 0 and "4 of 4 identical" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Damages a small disk cache in every way we could think of, and kills its writing at random: ``make stress-cache``.
+"""Damages a small disk cache in every way we could think of, and kills its writing at random: ``make stress``.
 
 A fault counts as detected when opening the cache, or else reading all of it, is refused in a sentence that names a
 file that was touched. A kill counts as survived when the continued cache has the same files, byte for byte, as one
@@ -226,9 +226,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def write_on_one_thread(source: Source, folder: Path) -> None:
+    """Write a cache in a forked process, which must not wait for threads that it does not have."""
+    torch.set_num_threads(1)
+    source.write(folder)
+
+
 def kill(source: Source, folder: Path, seconds: float) -> bool:
     """Kill a process that writes the cache after so long; whether it was still at it."""
-    child = multiprocessing.get_context("fork").Process(target=source.write, args=(folder,))
+    child = multiprocessing.get_context("fork").Process(target=write_on_one_thread, args=(source, folder))
     child.start()
     time.sleep(seconds)
     running = child.is_alive()
