@@ -29,11 +29,12 @@ from patchsae.recovery import (
     shared_concepts,
 )
 from patchsae.segmentation import open_masked
+from patchsae.sweep import ACTIVATIONS
 from patchsae.train import run_key, trained_sae
 
 #: Variant -> factor on a setting of [sae], or another value of it; layers are added from the profile.
 VARIANTS = {"lambda x0.5": {"l1": 0.5}, "lambda x2": {"l1": 2}, "expansion x0.5": {"expansion": 0.5},
-            "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}}
+            "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}, **ACTIVATIONS}
 SEEDS = 3
 #: Methods that train nothing: notebook 07 has them where the tables are not made yet.
 CHEAP = ("autoencoder", "principal components", "neurons", "hidden neurons", "random autoencoder", "linear probe")
