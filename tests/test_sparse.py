@@ -1,5 +1,9 @@
 """The sparse step against the dense loss and autograd; the GPU's kernels, in Triton's interpreter, against the CPU."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +158,29 @@ def test_a_whole_step_with_the_kernels(kernels, monkeypatch):
         torch.testing.assert_close(a, b)
     for name in NAMES:
         torch.testing.assert_close(getattr(sae, name).grad, gradients[name])
+
+
+COMPILES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from patchsae import kernels
+
+entries = {"index": "*i32", "offsets": "*i64"}
+for half in ("*bf16", "*fp32"):
+    table = {"table": half, "out": "*fp32", "width": "i32", "BLOCK": "constexpr"}
+    active = {"tokens": "*i32", "latents": "*i32", "values": "*fp32", "n_latents": "i32", "capacity": "i32"}
+    for kernel, types in ((kernels._sums_kernel, {"values": "*fp32"} | entries | table),
+                          (kernels._dots_kernel, {"rows": "*fp32"} | entries | table),
+                          (kernels._active_kernel, {"h": half, "offsets": "*i64"} | active | {"BLOCK": "constexpr"})):
+        source = ASTSource(kernel, types, constexprs={"BLOCK": 1024})
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_the_kernels_compile_for_an_h100(kernels):
+    """Down to machine code, which needs no GPU; in a process in which they are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
