@@ -145,13 +145,12 @@ def test_a_training_reads_the_cache_that_its_profile_names(clip, tmp_path, monke
     assert one_sentence(error.value) and "make cache" in str(error.value)
     folder = cache_room.cache_folder(cached, clip, ds)
     cache_room.write_cache(clip, ds, -2, folder, shard_images=5)
-    plain, found = (train_room.cache(p, clip, ds) for p in (profile, cached))
-    assert plain is None
-    for a, b in zip(training_batches(profile, clip, ds, range(9)), training_batches(cached, clip, ds, range(9), found)):
+    assert cache_room.profile_cache(profile, clip, ds) is None
+    for a, b in zip(training_batches(profile, clip, ds, range(9)), training_batches(cached, clip, ds, range(9))):
         assert not torch.equal(a, b)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     train_room.train_sae(cached, clip, ds, tmp_path / "run")
     other = dataclasses.replace(profile, data=dataclasses.replace(profile.data, cache="bfloat16"))
     with pytest.raises(ValueError) as error:
-        train_room.cache(other, clip, ds)
+        cache_room.profile_cache(other, clip, ds)
     assert one_sentence(error.value) and "float16" in str(error.value)

@@ -248,6 +248,14 @@ class NotInstalled(Exception):
     """A library that cannot be imported, and why."""
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> torch.Tensor:
+    """Backwards and one step; the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 def step_overcomplete(x: Inputs, device: str) -> dict:
     """A step of the plain autoencoder of ``overcomplete``: L1, no ghost gradients, no unit rows."""
     library = installed("overcomplete.sae")
@@ -257,11 +265,7 @@ def step_overcomplete(x: Inputs, device: str) -> dict:
     def step(z):
         tokens = z.flatten(0, 1)
         _, h, z_hat = model(tokens)
-        loss = (z_hat - tokens).square().mean() + L1 * h.abs().sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        return descend(optimizer, (z_hat - tokens).square().mean() + L1 * h.abs().sum(-1).mean())
 
     return steps(x, device, step)
 
@@ -281,11 +285,8 @@ def step_sae_lens(x: Inputs, device: str) -> dict:
         known = inspect.signature(data).parameters
         values = {"sae_in": z.flatten(0, 1), "coefficients": {"l1": L1}, "dead_neuron_mask": dead,
                   "n_training_steps": 0, "is_logging_step": False}
-        loss = model.training_forward_pass(data(**{k: v for k, v in values.items() if k in known})).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        given = data(**{name: value for name, value in values.items() if name in known})
+        return descend(optimizer, model.training_forward_pass(given).loss)
 
     return steps(x, device, step)
 

@@ -15,28 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPConfig, CLIPModel
 
-import patchsae.buffer
-import patchsae.steps
-from patchsae import ArrayDataset
-from patchsae.clip import Clip
-from patchsae.config import load_profile
-from patchsae.train import train_sae
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from conftest import random_clip_model  # noqa: E402
+
+import patchsae.buffer  # noqa: E402
+import patchsae.steps  # noqa: E402
+from patchsae import ArrayDataset  # noqa: E402
+from patchsae.clip import Clip  # noqa: E402
+from patchsae.config import load_profile  # noqa: E402
+from patchsae.train import train_sae  # noqa: E402
 
 #: What takes turns: settings of the autoencoder, and whether its steps are sparse.
 KINDS = [({}, False), ({"shuffle": "tokens"}, True), ({"activation": "batchtopk", "k": 4}, False),
          ({"activation": "topk", "k": 4, "shuffle": "tokens"}, True)]
 STEPS = 60
-
-
-def small_clip() -> Clip:
-    """A random CLIP of four blocks, 12 wide."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-    vision = shape | {"image_size": 16, "patch_size": 8}
-    text = shape | {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
-    return Clip(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)))
 
 
 def train(kind: int, folder: Path) -> None:
@@ -49,7 +42,7 @@ def train(kind: int, folder: Path) -> None:
                 "l1": 0.1}
     profile = load_profile("mini").with_sae(**settings | changes)
     pixels = torch.randn(23, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    train_sae(profile, small_clip(), ArrayDataset(pixels, np.arange(23) % 5), folder)
+    train_sae(profile, Clip(random_clip_model()), ArrayDataset(pixels, np.arange(23) % 5), folder)
 
 
 def child(kind: int, folder: Path) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from patchsae import processes
 from patchsae.activations import MEMORY, read_pixels, token_batches
+from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
 
@@ -129,10 +130,11 @@ def ahead(items: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch
         yield now
 
 
-def training_batches(profile: Profile, clip: Clip, ds, steps: range, cache=None) -> Iterator[torch.Tensor]:
+def training_batches(profile: Profile, clip: Clip, ds, steps: range) -> Iterator[torch.Tensor]:
     """Tokens of each training step: whole images ``[B,T,D]`` or shuffled tokens ``[B*T,D]``, of all tokens or of the
     class tokens alone (T = 1). Of several processes each has its share of every batch."""
-    s, tokens = profile.sae, training_tokens(clip, ds, profile.model.layer, profile.sae.precision == "bf16", cache)
+    s, cache = profile.sae, profile_cache(profile, clip, ds)
+    tokens = training_tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
     if s.batch_images % processes.count():
         raise ValueError(f"A batch of {s.batch_images} images cannot be shared evenly by {processes.count()} "
                          "processes; change sae.batch_images or the number of processes.")

@@ -4,6 +4,7 @@ What a cache looks like on the disk, and how it is read, is in ``shards``.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import os
@@ -45,6 +46,18 @@ MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**30
 def cache_folder(profile: Profile, clip: Clip, ds) -> Path:
     """Where the cache of a data set at the profile's cut goes."""
     return profile.run_dir / "activations" / cache_key(cache_parts(clip, ds, profile.model.layer))
+
+
+@functools.lru_cache(maxsize=1)
+def profile_cache(profile: Profile, clip: Clip, ds) -> Cache | None:
+    """The disk cache that the profile trains on, if it does."""
+    if not profile.data.cache:
+        return None
+    found = open_cache(clip, ds, profile.model.layer, cache_folder(profile, clip, ds))
+    if found.manifest["dtype"] != profile.data.cache:
+        raise ValueError(f"{found.folder} is in {found.manifest['dtype']}, but the profile asks for "
+                         f"{profile.data.cache}; change data.cache, or remove the folder and run `make cache`.")
+    return found
 
 
 def cache_bytes(clip: Clip, n_images: int, dtype: torch.dtype = torch.float16) -> int:

@@ -17,13 +17,11 @@ from tqdm.auto import tqdm
 from patchsae import processes
 from patchsae.activations import LostWorker
 from patchsae.buffer import training_batches
-from patchsae.cache import cache_folder
 from patchsae.checkpoints import load_json, save_json, write_atomically
 from patchsae.clip import Clip, load_clip
 from patchsae.config import ROOT, Profile, device, start
 from patchsae.datasets import open_dataset
 from patchsae.sae import SparseAutoencoder, initial_b_dec
-from patchsae.shards import Cache, open_cache
 from patchsae.steps import Step, TooManyActive, Training
 
 LOG_COLUMNS = ["step", *Step._fields]
@@ -81,7 +79,7 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
     bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
                disable=processes.rank() > 0 or None)
     with bar:
-        for z in training_batches(profile, clip, ds, range(training.steps_done, steps), cache(profile, clip, ds)):
+        for z in training_batches(profile, clip, ds, range(training.steps_done, steps)):
             recent.append(training.step(z))
             bar.update()
             due = training.steps_done % profile.sae.save_every == 0 or training.steps_done == steps
@@ -95,17 +93,6 @@ def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, fold
                 if not training.looked:
                     training.look()
                 _save(training, log, folder, key)
-
-
-def cache(profile: Profile, clip: Clip, ds) -> Cache | None:
-    """The disk cache that the profile trains on, if it does."""
-    if not profile.data.cache:
-        return None
-    found = open_cache(clip, ds, profile.model.layer, cache_folder(profile, clip, ds))
-    if found.manifest["dtype"] != profile.data.cache:
-        raise ValueError(f"{found.folder} is in {found.manifest['dtype']}, but the profile asks for "
-                         f"{profile.data.cache}; change data.cache, or remove the folder and run `make cache`.")
-    return found
 
 
 def _given(profile: Profile, clip: Clip, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
