@@ -126,7 +126,8 @@ def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> 
         write(figure, start + 0.02, top + 0.02, row.title, weight="bold")
         paragraph(figure, start + 0.02, top + 0.16, row.caption)
         places = [start + left + i * (size + GAP) for i in range(3)]
-        for at, heading in zip(places, headings if index % height == 0 else ()):
+        shown = headings if row.image is not None else ("", *headings[1:])
+        for at, heading in zip(places, shown if index % height == 0 else ()):
             write(figure, at + size / 2, 0.19, heading, ha="center", va="bottom", color=GREY)
         if row.image is not None:
             picture(figure, places[0], top, size, row.image)
