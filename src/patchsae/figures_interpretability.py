@@ -181,9 +181,10 @@ def transfer_dots(table: pd.DataFrame, bar: float) -> Figure:
         panel.set(title=f"{task}: {kept:.0%} kept", xlim=(0, 1.03), ylim=(0, 1.03))
         panel.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     figure.supxlabel("average precision at home", fontsize=7)
-    figure.supylabel("there", fontsize=7)
-    handles = [axes.flat[0].scatter([], [], s=9, color=colour) for colour in KIND_LOOKS.values()]
-    figure.legend(handles, list(KIND_LOOKS), loc="outside upper center", ncols=6, handletextpad=0.1)
+    figure.supylabel("average precision there", fontsize=7)
+    kinds = [kind for kind in KIND_LOOKS if kind in set(table["kind"])]
+    handles = [axes.flat[0].scatter([], [], s=9, color=KIND_LOOKS[kind]) for kind in kinds]
+    figure.legend(handles, kinds, loc="outside upper center", ncols=6, handletextpad=0.1)
     return figure
 
 
