@@ -125,6 +125,8 @@ def masking_panels(table: pd.DataFrame, mode: str, columns: int = 3) -> Figure:
         panel.tick_params(axis="x", labelrotation=90)
         panel.set(title=task, ylim=(0, 1.02))
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for panel in axes[::columns]:
+        panel.set_ylabel("accuracy")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
