@@ -44,18 +44,18 @@ $(filter-out $(FIRST_RUN),$(RUNS)): $(FIRST_RUN)
 
 # What is missing is said before the first notebook starts, and nothing is written.
 ready: | env
-	@"$(PYTHON)" -B -m patchsae.check --quiet
+	@"$(PYTHON)" -B -m patchsae check --quiet
 
 check: | env  ## say what the profile needs, what is missing, and what it will cost
-	@"$(PYTHON)" -B -m patchsae.check
+	@"$(PYTHON)" -B -m patchsae check
 
 fetch: | env  ## download the profile's weights and images as far as the hub has them
-	"$(PYTHON)" -m patchsae.fetch
+	"$(PYTHON)" -m patchsae fetch
 
 rehearsal: | env  ## run every notebook in the paper's dimensions on random weights and drawn images
-	"$(PYTHON)" -m patchsae.rehearsal make
+	"$(PYTHON)" -m patchsae rehearsal make
 	$(MAKE) figures PROFILE=rehearsal
-	"$(PYTHON)" -m patchsae.rehearsal report
+	"$(PYTHON)" -m patchsae rehearsal report
 
 # Progress bars are left out: nbval reads a cell's messages when the cell is done, and a long bar's would overflow.
 test: | env  ## run the unit tests, then every notebook from top to bottom
@@ -68,12 +68,10 @@ notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 	@"$(PYTHON)" tools/run_notebook.py --in-place $(NOTEBOOKS)
 
 mini-clip: | env  ## train the small CLIP of data/mini/ again
-	"$(PYTHON)" -m patchsae.pretrain
+	"$(PYTHON)" -m patchsae mini-clip
 
 mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
-	"$(PYTHON)" -m patchsae.sweep
-	"$(PYTHON)" -m patchsae.adaptation_sweep
-	"$(PYTHON)" -m patchsae.recovery_sweep
+	"$(PYTHON)" -m patchsae artifacts
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks
@@ -87,7 +85,7 @@ clean:  ## remove build/ (the environment and everything committed stay)
 
 .PHONY: cache bench-cache stress
 cache: | env  ## write the activations of the training images to the disk, after a question (CACHE=--yes, --verify)
-	@"$(PYTHON)" -m patchsae.cache $(CACHE)
+	@"$(PYTHON)" -m patchsae cache $(CACHE)
 
 bench-cache: | env  ## time the cache of activations against an Arrow cache (a minute)
 	"$(PYTHON)" tools/bench_cache.py
@@ -113,7 +111,7 @@ app: | env  ## serve the explorer at http://127.0.0.1:8866 (APP_PORT=, APP_HOST=
 	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" tools/serve_app.py
 
 dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATENTS=0-99,512 for some)
-	"$(PYTHON)" -m patchsae.dashboard --latents "$(LATENTS)"
+	"$(PYTHON)" -m patchsae dashboard --latents "$(LATENTS)"
 
 bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
 	"$(PYTHON)" tools/bench_explorer.py

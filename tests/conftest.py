@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from patchsae import ArrayDataset, SparseAutoencoder
 from patchsae.clip import Clip
 from patchsae.config import load_profile
-from patchsae.pretrain import build_tokenizer
+from patchsae.world.pretrain import build_tokenizer
 
 SIDE, WIDTH, LAYER = 16, 12, -2  # pixels, model width and cut of the tiny model
 

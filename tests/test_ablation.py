@@ -34,7 +34,7 @@ from patchsae.ablation import (
 )
 from patchsae.clip import Clip, class_prototypes
 from patchsae.config import ROOT
-from patchsae.datasets import open_dataset, templates
+from patchsae.data.datasets import open_dataset, templates
 from patchsae.latents import collect_latents
 from patchsae.train import committed_folder
 

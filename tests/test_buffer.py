@@ -11,7 +11,7 @@ import patchsae.buffer
 from patchsae import ArrayDataset
 from patchsae.buffer import TrainingTokens, epoch_rows, pool_spans, shuffled_tokens, training_batches
 from patchsae.config import load_profile
-from patchsae.images import Unreadable
+from patchsae.data.images import Unreadable
 
 
 @pytest.mark.parametrize("n, per_image, size", [(10, 3, 7), (5, 1, 12), (8, 4, 32), (9, 2, 1)])

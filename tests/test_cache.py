@@ -20,7 +20,7 @@ from PIL import Image
 from patchsae import ArrayDataset, cache, shards
 from patchsae.cache import cache_bytes, cache_folder, write_cache
 from patchsae.clip import Clip
-from patchsae.datasets import FolderDataset
+from patchsae.data.datasets import FolderDataset
 from patchsae.maple import new_maple
 from patchsae.shards import Cache, load_sealed, open_cache, save_sealed
 
@@ -476,7 +476,7 @@ def test_arguments_that_make_no_cache(clip, pixel_data, tmp_path):
 
 @pytest.fixture
 def command(clip, pixel_data, tmp_path, monkeypatch, capsys):
-    """``python -m patchsae.cache`` on tiny things; returns what it prints, or what it exits with."""
+    """``python -m patchsae cache`` on tiny things; returns what it prints, or what it exits with."""
     folder = tmp_path / "activations"
     monkeypatch.setattr(cache, "load_clip", lambda *_: clip)
     monkeypatch.setattr(cache, "open_dataset", lambda *_: pixel_data)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from patchsae import load_clip
 from patchsae.clip import Clip, class_prototypes, contrastive_loss
-from patchsae.pretrain import build_processor, build_tokenizer
+from patchsae.world.pretrain import build_processor, build_tokenizer
 
 
 def images(n, seed=0, side=SIDE):
@@ -290,7 +290,7 @@ def test_load_a_whole_folder(folder):
 
 
 def test_the_mini_processor_gives_the_same_pixels_as_pretraining_used():
-    from patchsae.pretrain import normalise
+    from patchsae.world.pretrain import normalise
 
     arrays = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     clip = load_clip("data/mini/clip")

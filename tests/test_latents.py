@@ -9,8 +9,9 @@ from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random
 from test_images import folder
 from test_processes import launch
 
-from patchsae import ArrayDataset, SparseAutoencoder, collect_latents, latents, onednn
+from patchsae import ArrayDataset, SparseAutoencoder, collect_latents, latents
 from patchsae.clip import Clip
+from patchsae.fast import onednn
 from patchsae.latents import LatentStatistics, saved_latents
 
 FIELDS = ("frequency", "mean_activation", "label_entropy", "label_std", "reference_values", "class_counts")

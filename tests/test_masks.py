@@ -8,21 +8,18 @@ import torch
 from conftest import LAYER, SIDE, WIDTH, random_clip_model, random_sae
 
 from patchsae.clip import Clip
-from patchsae.datasets import SceneDataset
 from patchsae.masks import (
-    average_precision,
-    best_threshold,
     concept_list,
     enlarge,
     heat_maps,
     overlap,
     patch_concepts,
     patch_coverage,
-    pixel_overlap,
-    pointing_game,
     soft_mask,
 )
-from patchsae.scenes import CONCEPTS, KINDS
+from patchsae.studies.scores import average_precision, best_threshold, pixel_overlap, pointing_game
+from patchsae.world.dataset import SceneDataset
+from patchsae.world.scenes import CONCEPTS, KINDS
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import patchsae.weights.formats
 import pytest
 import torch
 from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
-import patchsae.formats
 import patchsae.sae
 import patchsae.steps
 import patchsae.train
@@ -462,7 +462,7 @@ def test_a_finished_run_is_read_not_trained(whole, clip, home):
 def test_interrupted_while_the_finished_autoencoder_is_written(whole, clip, home, monkeypatch, name, after):
     profile, ds, _, expected, _ = whole
     with monkeypatch.context() as patch:
-        interrupt_once(patch, patchsae.formats, name, 1, after)
+        interrupt_once(patch, patchsae.weights.formats, name, 1, after)
         with pytest.raises(KeyboardInterrupt):
             trained_sae(profile, clip, ds)
     again = trained_sae(profile, clip, ds)
@@ -633,7 +633,7 @@ def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monk
 
 
 def test_command_line(monkeypatch, tmp_path, capsys):
-    """``python -m patchsae.train --profile mini`` trains where the notebooks look for it."""
+    """``python -m patchsae train --profile mini`` trains where the notebooks look for it."""
     seen = []
     monkeypatch.setattr(patchsae.train, "train_sae", lambda profile, clip, ds, folder: seen.append((profile, folder)))
     monkeypatch.setattr("sys.argv", ["train", "--profile", "mini"])

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_sae import NAMES, loop_forward, numbers_of, twin_loss
 
 from patchsae import SparseAutoencoder, sae_loss, train_steps, variants
-from patchsae.checkpoints import tensor_hash
-from patchsae.formats import read_sae, write_official, write_saelens
-from patchsae.recovery import latent_directions
+from patchsae.studies.recovery import latent_directions
 from patchsae.train import Training, new_sae, run_key, train_sae
+from patchsae.weights.files import tensor_hash
+from patchsae.weights.formats import read_sae, write_official, write_saelens
 
 D, S, K, N = 5, 32, 3, 7
 OTHERS = ("topk", "batchtopk", "jumprelu", "matryoshka")

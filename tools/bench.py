@@ -28,14 +28,14 @@ import bench_plain  # noqa: E402
 import bench_table  # noqa: E402
 from bench_ablation import peak_memory, sparse_sae  # noqa: E402
 
-from patchsae import onednn  # noqa: E402
 from patchsae.activations import read_pixels  # noqa: E402
-from patchsae.checkpoints import load_tensors, save_tensors  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
-from patchsae.datasets import ArrayDataset  # noqa: E402
+from patchsae.data.datasets import ArrayDataset  # noqa: E402
+from patchsae.fast import onednn  # noqa: E402
 from patchsae.latents import collect_latents  # noqa: E402
 from patchsae.sae import SparseAutoencoder  # noqa: E402
 from patchsae.steps import LOOK_EVERY, Training  # noqa: E402
+from patchsae.weights.files import load_tensors, save_tensors  # noqa: E402
 
 LAYER, TAU, K, DEAD_AFTER, L1 = -2, 0.2, 10, 64, 8e-5
 

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ablation_twin import slow_masking  # noqa: E402
 
 from patchsae.ablation import class_order, topk_masking  # noqa: E402
-from patchsae.checkpoints import load_tensors, save_tensors  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
-from patchsae.datasets import ArrayDataset  # noqa: E402
+from patchsae.data.datasets import ArrayDataset  # noqa: E402
 from patchsae.latents import LatentStatistics, collect_latents  # noqa: E402
 from patchsae.sae import SparseAutoencoder  # noqa: E402
+from patchsae.weights.files import load_tensors, save_tensors  # noqa: E402
 
 KS = (1, 2, 5, 10, 50, 100, 500, 1000, 2000)  # and all
 LAYER, L0, DEAD, N_LATENTS, CLASSES = -2, 150, 0.02, 49_152, 1000

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from patchsae.cache import write_cache
-from patchsae.datasets import ArrayDataset
+from patchsae.data.datasets import ArrayDataset
 from patchsae.shards import Cache
 
 T, D = 197, 768

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from patchsae.activations import token_batches
+from patchsae.app.dashboard import chosen_latents, write_dashboard
+from patchsae.app.explorer import Explorer
+from patchsae.app.widget import ExplorerWidget
 from patchsae.clip import load_clip
 from patchsae.config import load_profile, start
-from patchsae.dashboard import chosen_latents, write_dashboard
-from patchsae.datasets import open_dataset, templates
-from patchsae.explorer import Explorer
-from patchsae.explorer_widgets import ExplorerWidget
+from patchsae.data.datasets import open_dataset, templates
 from patchsae.latents import collect_latents
 from patchsae.sae import SparseAutoencoder
 

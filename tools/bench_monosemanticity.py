@@ -11,7 +11,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from patchsae.interpretability import monosemanticity
+from patchsae.studies.interpretability import monosemanticity
 
 ACTIVE = 0.03
 

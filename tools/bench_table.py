@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from patchsae.checkpoints import write_atomically
+from patchsae.weights.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Row -> title, what is counted and the unit of its rate, and what limits our side.

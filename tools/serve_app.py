@@ -10,8 +10,8 @@ from pathlib import Path
 from traitlets.config import Config
 from voila.app import Voila
 
+from patchsae.app.explorer import open_explorer
 from patchsae.config import start
-from patchsae.explorer import open_explorer
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "explorer.ipynb"
 HOST, PORT = os.environ.get("APP_HOST", "127.0.0.1"), int(os.environ.get("APP_PORT", "8866"))

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
-from patchsae.datasets import ArrayDataset
-from patchsae.images import Unreadable
+from patchsae.data.datasets import ArrayDataset
+from patchsae.data.images import Unreadable
 
 #: Tokens of a training set are kept in memory up to this size: 1 GiB.
 MEMORY = 2**30
@@ -39,7 +39,7 @@ class TokenBatch(NamedTuple):
     rows: np.ndarray
 
 
-class LostWorker(RuntimeError):
+class LostWorker(ChildProcessError):
     """A process that reads images has ended."""
 
 
@@ -96,7 +96,7 @@ def read_pixels(clip: Clip, ds, batches: list[np.ndarray]) -> Iterator[PixelBatc
 
     Images that cannot be read are left out and noted in ``ds.unreadable``, up to ``MOST_UNREADABLE`` of the data set.
     """
-    workers = min(MOST_WORKERS, os.cpu_count() or 1, len(batches) // 4) if hasattr(ds, "unreadable") else 0
+    workers = min(MOST_WORKERS, os.cpu_count() or 1, len(batches) // 4) if ds.from_files else 0
     # A generator of its own: without one, a loader would draw from the global one.
     loader = DataLoader(_Reader(ds, clip.crop, batches), batch_size=None, collate_fn=tuple, num_workers=workers,
                         pin_memory=clip.device.type == "cuda", generator=torch.Generator())
@@ -122,8 +122,6 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
 
 def _tolerate(ds, unreadable: dict[int, str]) -> None:
     """Note images that cannot be read, and stop where they are more than a few."""
-    if not hasattr(ds, "unreadable"):
-        raise Unreadable(next(iter(unreadable.values())))
     ds.unreadable.update(unreadable)
     if len(ds.unreadable) > MOST_UNREADABLE * len(ds):
         raise ValueError(f"{len(ds.unreadable)} of {len(ds)} images cannot be read, more than {MOST_UNREADABLE:.1%}; "

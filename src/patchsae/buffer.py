@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from patchsae import processes
 from patchsae.activations import MEMORY, read_pixels, token_batches
 from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
+from patchsae.fast import processes
 
 #: Images whose tokens are shuffled with each other: two such pools are in memory, one that training draws from and one
 #: that is being filled.
@@ -71,7 +71,7 @@ class TrainingTokens:
     def __init__(self, clip: Clip, ds, layer: int, bf16: bool = False, cache=None):
         self.clip, self.ds, self.layer, self.bf16, self.cache, self.kept = clip, ds, layer, bf16, cache, None
         if cache is not None:
-            getattr(ds, "unreadable", {}).update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
+            ds.unreadable.update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
         elif 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
             with self._autocast():
                 kept = list(token_batches(clip, ds, layer, title="tokens of the images"))
@@ -166,7 +166,7 @@ def shuffled_tokens(tokens: TrainingTokens, steps: range, batch_images: int, see
                 here, pool = which, next(pools)
             parts.append(pool[start:stop])
         z = torch.cat(parts)
-        yield z[:, :-1][z[:, -1] > 0] if getattr(tokens.ds, "unreadable", None) else z[:, :-1]
+        yield z[:, :-1][z[:, -1] > 0] if tokens.ds.unreadable else z[:, :-1]
 
 
 def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int, per_image: int) -> torch.Tensor:
@@ -174,8 +174,7 @@ def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int,
     rows = mine.start + epoch_rows(len(mine), epoch, seed)[pool * POOL_IMAGES:(pool + 1) * POOL_IMAGES]
     parts = tokens.batches(np.array_split(rows, -(-len(rows) // FILL_IMAGES)))
     z = torch.cat([F.pad(part[:, :per_image], (0, 1), value=1.0) for part in parts])
-    unreadable = getattr(tokens.ds, "unreadable", {})
-    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in unreadable], device=z.device)
+    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in tokens.ds.unreadable], device=z.device)
     z = z.new_zeros(len(rows), *z.shape[1:]).index_copy_(0, read, z)
     order = np.random.default_rng([seed, epoch, pool]).permutation(len(rows) * per_image)
     return z.flatten(0, 1)[torch.from_numpy(order).to(z.device)]

@@ -3,14 +3,11 @@
 What a cache looks like on the disk, and how it is read, is in ``shards``.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
 import os
 import shutil
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +16,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from patchsae import processes
 from patchsae.activations import MOST_UNREADABLE, LostWorker, read_pixels
-from patchsae.checkpoints import write_atomically
-from patchsae.clip import Clip, load_clip
-from patchsae.config import Profile, device, start
-from patchsae.datasets import open_dataset
-from patchsae.formats import file_sha256
+from patchsae.clip import Clip
+from patchsae.config import Profile
+from patchsae.fast import processes
 from patchsae.shards import (
     FORMAT,
     MANIFEST,
@@ -38,6 +32,8 @@ from patchsae.shards import (
     read_manifest,
     save_sealed,
 )
+from patchsae.weights.files import write_atomically
+from patchsae.weights.formats import file_sha256
 
 #: What a cache may take on the disk where nobody says otherwise, and about how large a shard is: 10 GiB and 1 GiB.
 MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**30
@@ -185,7 +181,7 @@ class _Writer:
         self._refuse_other(path.with_suffix(".json"), sidecar, *self.head)
         if not path.is_file() or file_sha256(path) != sidecar["sha256"]:
             return False
-        getattr(self.ds, "unreadable", {}).update(_unreadable(sidecar))
+        self.ds.unreadable.update(_unreadable(sidecar))
         return True
 
     def _by_shard(self, todo: list[int], title: str) -> Iterator[tuple[int, Iterator]]:
@@ -219,7 +215,7 @@ class _Writer:
                 os.fsync(file.fileno())
 
         write_atomically(self._path(k), write)
-        noted = getattr(self.ds, "unreadable", {})
+        noted = self.ds.unreadable
         unreadable = {str(row): noted[row] for row in self._rows(k) if row in noted}
         save_sealed(self._path(k).with_suffix(".json"), self.head | record.content() | {"unreadable": unreadable})
 
@@ -288,7 +284,7 @@ def _half(batch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not z[bad].isfinite().all():
         raise ValueError(f"{image} gives tokens that are not finite; check its pixels and the model's weights.")
     raise ValueError(f"{image} has activations of up to {z[bad].abs().max():.3g}, which is too large for float16; "
-                     "choose bfloat16, as `python -m patchsae.cache --dtype bfloat16` does.")
+                     "choose bfloat16, as `patchsae cache --dtype bfloat16` does.")
 
 
 def _unreadable(sidecar: dict) -> dict[int, str]:
@@ -313,80 +309,3 @@ def _is_alive(process: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)
     return True
-
-
-# The command
-
-def _time(clip: Clip, ds, layer: int) -> str:
-    """About how long the pass over the data set takes: as long as over a few images, projected to all processes."""
-    few = np.arange(min(16, len(ds)))
-    begin = time.perf_counter()
-    for batch in read_pixels(clip, ds, [few]):
-        with torch.no_grad():
-            clip.below(batch.pixels, layer).cpu()
-    minutes = (time.perf_counter() - begin) / 60 * len(ds) / len(few) / processes.count()
-    return f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} minutes"
-
-
-def _plan(clip: Clip, ds, layer: int, folder: Path, dtype: torch.dtype) -> str:
-    """What will be written, where, and how long it takes."""
-    size, there = cache_bytes(clip, len(ds), dtype), len([*folder.glob("shard-*.json")])
-    return (f"The tokens of {len(ds):,} images after block {clip.block(layer)} take {gigabytes(size)} as "
-            f"{str(dtype).removeprefix('torch.')} in {folder}, where {gigabytes(free_bytes(folder))} are free; {there} "
-            f"shards are there already. All of it takes about {_time(clip, ds, layer)} on {processes.count()} "
-            f"process{'es' * (processes.count() > 1)} like this one.")
-
-
-def _agreed() -> bool:
-    """Ask; where nobody can answer, the answer is no. The first process asks for all."""
-    answer = ""
-    if processes.rank() == 0:
-        try:
-            answer = input("Write it? [y/N] ")
-        except EOFError:
-            print("nobody can answer here; --yes answers")
-    return processes.gathered(answer)[0].strip().lower() in ("y", "yes")
-
-
-def run(yes: bool, kind: str | None, verify: bool) -> str:
-    """Write the profile's cache, or verify it; returns what was done."""
-    profile = start()
-    dtype = getattr(torch, kind or profile.data.cache or "float16")
-    clip, layer = load_clip(profile.model.name, device()), profile.model.layer
-    ds = open_dataset(profile, profile.data.task, "train")
-    folder = cache_folder(profile, clip, ds)
-    if verify:
-        cache = open_cache(clip, ds, layer, folder)
-        cache.verify(clip, ds, "verifying the cache")
-        return f"Every byte and every image of {folder} is as it was written ({len(cache):,} images)."
-    if not (folder / MANIFEST).is_file():
-        plan = _plan(clip, ds, layer, folder, dtype)
-        if processes.rank() == 0:
-            print(plan, flush=True)
-        if not yes and not _agreed():
-            return "Nothing was written."
-    cache = write_cache(clip, ds, layer, folder, dtype, None, float("inf"), profile.data.batch_images,
-                        "tokens of the images")
-    said = cache.manifest
-    return (f"{folder} holds the tokens of {len(cache):,} images, {said['n_unreadable']} could not be read; "
-            f"{said['dtype']} takes {said['explained_variance_cost']:.1e} of the explained variance.")
-
-
-def main() -> None:
-    """Ask how, and say what was done."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--yes", action="store_true", help="write without asking")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
-    parser.add_argument("--verify", action="store_true", help="check every byte and image of the cache instead")
-    arguments = parser.parse_args()
-    processes.join()
-    try:
-        done = run(arguments.yes, arguments.dtype, arguments.verify)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-    if processes.rank() == 0:
-        print(done)
-
-
-if __name__ == "__main__":
-    main()

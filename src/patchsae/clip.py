@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from patchsae.checkpoints import tensor_hash
 from patchsae.config import ROOT
-from patchsae.images import Crop, rgb
-from patchsae.openai import read_openai
+from patchsae.data.images import Crop, rgb
+from patchsae.weights.files import tensor_hash
+from patchsae.weights.openai import read_openai
 
 
 class Clip:

@@ -152,6 +152,10 @@ class Profile:
         """Where figures go; ``PATCHSAE_FIGURES`` moves it, so that tests leave the committed ones alone."""
         return Path(os.environ.get("PATCHSAE_FIGURES", ROOT / "figures")) / self.name
 
+    def short(self, path: Path) -> str:
+        """A path as it is shown: relative to the project's folder where it is inside."""
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
     def expected(self, name: str, otherwise: float) -> float:
         """The bound that [expected] in the profile names for a check, or one that always holds."""
         return dict(self.expectations).get(name, otherwise)

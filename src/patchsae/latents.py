@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from patchsae import onednn, processes
 from patchsae.activations import token_batches
-from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors
-from patchsae.clip import Clip, load_clip
-from patchsae.config import ROOT, device, start
-from patchsae.datasets import open_dataset
+from patchsae.clip import Clip
+from patchsae.data.images import Images
+from patchsae.fast import onednn, processes
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import trained_sae
+from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
 MIN_REFERENCE = 10
@@ -103,7 +101,7 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
         ids, labels, rows = (sum(parts, []) for parts in zip(*processes.gathered((ids, labels, mine.places(rows)))))
         mine.tell_unreadable()
     return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows), sae.fingerprint(),
-                          len(getattr(ds, "unreadable", ())))
+                          len(ds.unreadable))
 
 
 def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2,
@@ -131,17 +129,14 @@ def latents_key(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float, 
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-class _Part:
+class _Part(Images):
     """This process's part of a data set: whole batches, so that each has the bits it would have in one process."""
 
     def __init__(self, ds, batch_images: int):
         batches = processes.share(-(-len(ds) // batch_images))
         self.ds, self.rows = ds, range(len(ds))[batches.start * batch_images:batches.stop * batch_images]
-        if hasattr(ds, "unreadable"):
-            self.unreadable = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.from_files = ds.from_files
+        super().__init__(ds.labels[self.rows.start:self.rows.stop], ds.class_names)
 
     def __getitem__(self, i: int):
         return self.ds[self.rows[i]]
@@ -152,10 +147,9 @@ class _Part:
 
     def tell_unreadable(self) -> None:
         """Note in the data set what no process could read; each has made sure that its own are few enough."""
-        if hasattr(self, "unreadable"):
-            found = dict(zip(self.places(self.unreadable), self.unreadable.values()))
-            for part in processes.gathered(found):
-                self.ds.unreadable.update(part)
+        found = dict(zip(self.places(self.unreadable), self.unreadable.values()))
+        for part in processes.gathered(found):
+            self.ds.unreadable.update(part)
 
 
 class _Encoder:
@@ -287,21 +281,3 @@ def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     n = mask.sum(1, keepdim=True)
     mean = torch.where(mask, x, 0.0).sum(1, keepdim=True) / n
     return (torch.where(mask, x - mean, 0.0).square().sum(1) / n[:, 0]).sqrt()
-
-
-def main() -> None:
-    """``python -m patchsae.latents``, alone or through ``accelerate launch -m patchsae.latents``: compute and keep the
-    statistics that the notebooks ask for first, those of the profile's autoencoder on its training images."""
-    processes.join()
-    profile = start()
-    clip = load_clip(profile.model.name, device())
-    train = open_dataset(profile, profile.data.task, "train")
-    found = saved_latents(profile.run_dir, clip, trained_sae(profile, clip, train), train, profile.model.layer,
-                          profile.latents.tau, profile.latents.n_reference, profile.data.batch_images)
-    if processes.rank() == 0:
-        print(f"Statistics of {len(found.frequency)} latents on {found.n_images} images are in "
-              f"{profile.run_dir.relative_to(ROOT)}/; {found.n_unreadable} images could not be read.")
-
-
-if __name__ == "__main__":
-    main()

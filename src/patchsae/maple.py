@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patchsae.checkpoints import load_json, load_tensors, save_json, save_tensors, tensor_hash
 from patchsae.clip import Clip
-from patchsae.foreign import read_foreign
-from patchsae.openai import clip_model, renamed
+from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash
+from patchsae.weights.foreign import read_foreign
+from patchsae.weights.openai import clip_model, renamed
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."

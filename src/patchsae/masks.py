@@ -1,11 +1,11 @@
-"""Where a latent is active: patch heat maps, soft masks, and scores against the drawn ground truth (sec. 3.2-3.3)."""
+"""Where a latent is active: patch heat maps and soft masks (sec. 3.2-3.3), and the ground truth they are held to."""
 
 import numpy as np
 import torch
 
 from patchsae.clip import Clip
+from patchsae.data.images import Images
 from patchsae.sae import SparseAutoencoder
-from patchsae.scenes import CONCEPTS
 
 #: A patch shows a concept when the concept covers at least this share of its pixels.
 COVERED = 0.25
@@ -35,101 +35,22 @@ def soft_mask(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return (image * enlarge(share, len(image))[..., None]).round().astype(np.uint8)
 
 
-def concept_list(kinds=tuple(CONCEPTS), ds=None) -> list[tuple[str, str]]:
-    """Every concept as (kind, name), in the order of the columns of ``patch_concepts``.
-
-    Of the pictogram world, or of the data set's own ``concepts`` (kind -> names) where it has them.
-    """
-    concepts = getattr(ds, "concepts", CONCEPTS)
-    return [(kind, name) for kind in kinds for name in concepts[kind]]
+def concept_list(ds: Images, kinds=None) -> list[tuple[str, str]]:
+    """Every concept of a data set with ground truth as (kind, name), in the order of the columns of
+    ``patch_coverage``; ``kinds``: of these kinds alone."""
+    return [(kind, name) for kind in kinds or ds.concepts for name in ds.concepts[kind]]
 
 
-def patch_concepts(ds, rows, kinds=tuple(CONCEPTS)) -> np.ndarray:
-    """Which concepts each patch of these scenes shows: bool ``[images, patches, concepts]``."""
+def patch_concepts(ds: Images, rows, kinds=None) -> np.ndarray:
+    """Which concepts each patch of these images shows: bool ``[images, patches, concepts]``."""
     return patch_coverage(ds, rows, kinds) >= COVERED
 
 
-def patch_coverage(ds, rows, kinds=tuple(CONCEPTS)) -> np.ndarray:
-    """Share of each patch's pixels that each concept covers: float32 ``[images, patches, concepts]``.
-
-    ``ds.scene(i).coverage(kind)`` gives them, for drawn scenes and for data sets of ``segmentation`` alike.
-    """
-    shares = [np.concatenate([scene.coverage(kind) for kind in kinds], axis=-1)
+def patch_coverage(ds: Images, rows, kinds=None) -> np.ndarray:
+    """Share of each patch's pixels that each concept covers: float32 ``[images, patches, concepts]``."""
+    shares = [np.concatenate([scene.coverage(kind) for kind in kinds or ds.concepts], axis=-1)
               for scene in (ds.scene(int(i)) for i in rows)]
     return np.stack(shares).reshape(len(shares), -1, shares[0].shape[-1])
-
-
-class PatchTruth:
-    """Which of N patches show which of C concepts, as a list of pairs sorted by concept.
-
-    Patches show few concepts each, so that walking along the pairs is much faster than along ``[N,C]``.
-    """
-
-    def __init__(self, positives: np.ndarray):
-        self.concept, self.patch = np.nonzero(positives.T)
-        self.n_patches, self.totals = len(positives), positives.sum(0)
-
-    def average_precision(self, scores: np.ndarray) -> np.ndarray:
-        """``average_precision`` of one score ``[N]`` for every concept: ``[C]``."""
-        # A threshold at score s takes rank(s) patches; what is not positive is taken last, all at once.
-        rank = _ranks(scores)[self.patch]
-        concept, rank = self.concept[rank > 0], rank[rank > 0]
-        key = np.sort(concept * (self.n_patches + 1) + rank)
-        concept, rank = np.divmod(key, self.n_patches + 1)
-        hits = np.bincount(concept, minlength=len(self.totals))
-        taken = np.searchsorted(key, key, side="right") - (hits.cumsum() - hits)[concept]
-        precise = np.bincount(concept, weights=taken / rank, minlength=len(hits))
-        silent = (self.totals - hits) * (self.totals / max(1, self.n_patches))
-        with np.errstate(invalid="ignore"):
-            return (precise + silent) / self.totals
-
-
-def _ranks(scores: np.ndarray) -> np.ndarray:
-    """How many scores are at least as large, for every positive one, and 0 for the others: ``[N] -> [N]``."""
-    active = np.flatnonzero(scores > 0)
-    active = active[np.argsort(-scores[active], kind="stable")]
-    ends = np.flatnonzero(np.diff(scores[active], append=-1.0)) + 1
-    ranks = np.zeros(len(scores), np.int64)
-    ranks[active] = np.repeat(ends, np.diff(ends, prepend=0))
-    return ranks
-
-
-def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Area under the precision-recall curve of one score for many concepts: ``[N], [N,C] -> [C]``.
-
-    sum over thresholds of (change in recall) x precision; equal scores share a threshold. NaN without positives.
-    Scores of 0 or less are one group, so that a sparse latent costs as much as it fires.
-    """
-    return PatchTruth(positives).average_precision(scores)
-
-
-def best_threshold(scores: np.ndarray, share: np.ndarray) -> float:
-    """The threshold at which "score at or above it" overlaps a concept best: ``[N], [N] -> `` a score above 0.
-
-    ``share``: how much of each patch the concept covers, so that the overlap is that of pixels; chosen on training
-    scenes. Infinity for a score that is nowhere positive.
-    """
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf) < 0)
-    ends = ends[scores[order][ends] > 0]
-    if not len(ends):
-        return float("inf")
-    hits = share[order].cumsum(dtype=float)[ends]
-    return float(scores[order][ends[np.argmax(hits / (ends + 1 + share.sum(dtype=float) - hits))]])
-
-
-def pixel_overlap(mask: np.ndarray, share: np.ndarray) -> float:
-    """Intersection over union, in pixels, of chosen patches and a concept that covers a share of each: ``[N], [N]``."""
-    hits = share[mask].sum(dtype=float)
-    union = mask.sum() + share.sum(dtype=float) - hits
-    return float(hits / union) if union else float("nan")
-
-
-def pointing_game(heat: np.ndarray, positives: np.ndarray) -> float:
-    """Share of the images with a concept whose strongest patch shows it: ``[B,P], [B,P]``; silence is a miss."""
-    places, shown = heat.argmax(1), positives.any(1)
-    hits = positives[np.arange(len(heat)), places] & (heat.max(1) > 0)
-    return float(hits[shown].mean()) if shown.any() else float("nan")
 
 
 def overlap(mask: np.ndarray, truth: np.ndarray) -> float:

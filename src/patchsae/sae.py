@@ -10,7 +10,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from patchsae import variants
-from patchsae.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, write_folder
+from patchsae.weights.formats import OWN_FORMAT, WEIGHT_ENDINGS, read_sae, sae_hash, write_folder
 
 #: Largest exponent of a ghost gradient.
 GHOST_EXPONENT = 20

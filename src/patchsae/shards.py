@@ -30,10 +30,10 @@ import torch
 from tqdm.auto import tqdm
 
 from patchsae.activations import read_pixels
-from patchsae.checkpoints import write_atomically
 from patchsae.clip import Clip
-from patchsae.formats import file_sha256
-from patchsae.images import hash_of
+from patchsae.data.images import hash_of
+from patchsae.weights.files import write_atomically
+from patchsae.weights.formats import file_sha256
 
 FORMAT, MANIFEST = 1, "manifest.json"
 #: Part of the key -> what is said of a cache where it differs.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from patchsae import processes
-from patchsae.checkpoints import load_tensors, save_tensors, tensor_hash
+from patchsae.fast import processes
+from patchsae.fast.sparse import sparse_step
 from patchsae.sae import SparseAutoencoder
-from patchsae.sparse import sparse_step
+from patchsae.weights.files import load_tensors, save_tensors, tensor_hash
 
 #: From this many weights in W_dec on, steps may be sparse and Adam is fused; both round otherwise than the plain forms,
 #: which narrow autoencoders keep.

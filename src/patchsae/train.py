@@ -1,28 +1,24 @@
 """Training runs (sec. 3.1, A.1): a log, checkpoints, and going on to the same bytes.
 
-``accelerate launch -m patchsae.train --profile paper`` trains on as many devices as there are.
+``accelerate launch -m patchsae train --profile paper`` trains on as many devices as there are.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae import processes
-from patchsae.activations import LostWorker
 from patchsae.buffer import training_batches
-from patchsae.checkpoints import load_json, save_json, write_atomically
-from patchsae.clip import Clip, load_clip
-from patchsae.config import ROOT, Profile, device, start
-from patchsae.datasets import open_dataset
+from patchsae.clip import Clip
+from patchsae.config import ROOT, Profile
+from patchsae.fast import processes
 from patchsae.sae import SparseAutoencoder, initial_b_dec
 from patchsae.steps import Step, TooManyActive, Training
+from patchsae.weights.files import load_json, save_json, write_atomically
 
 LOG_COLUMNS = ["step", *Step._fields]
 
@@ -180,25 +176,3 @@ def _read_log(folder: Path, steps_done: int) -> list:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not go with its checkpoint ({error}); remove the folder and train "
                          "again.") from error
-
-
-def main() -> None:
-    """Train the profile's autoencoder and keep it where the notebooks look for it."""
-    parser = argparse.ArgumentParser(description="Train the autoencoder of a profile.")
-    parser.add_argument("--profile", help="mini, paper or rehearsal; by default what PROFILE says")
-    name = parser.parse_args().profile
-    processes.join()
-    try:
-        profile = start(name)
-        clip = load_clip(profile.model.name, device())
-        train = open_dataset(profile, profile.data.task, "train")
-        folder = run_folder(profile, clip)
-        train_sae(profile, clip, train, folder)
-    except (ValueError, OSError, LostWorker) as error:
-        sys.exit(str(error))
-    if processes.rank() == 0:
-        print(f"The autoencoder is in {folder.relative_to(ROOT)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,119 @@
+"""The command line, ``patchsae <command>`` or ``python -m patchsae <command>``.
+
+Under ``accelerate launch -m patchsae train`` and ``torchrun -m patchsae train`` processes share the work.
+"""
+
+import argparse
+import sys
+
+from patchsae.fast import processes
+
+
+def _train(options) -> str:
+    """train the profile's autoencoder and keep it where the notebooks look for it"""
+    from patchsae.studies.study import open_study
+    from patchsae.train import run_folder, train_sae
+
+    study = open_study(options.profile)
+    folder = run_folder(study.profile, study.clip)
+    train_sae(study.profile, study.clip, study.train, folder)
+    return f"The autoencoder is in {study.profile.short(folder)}"
+
+
+def _latents(options) -> str:
+    """compute the statistics of the profile's autoencoder on its training images"""
+    from patchsae.studies.study import open_study
+
+    study = open_study(options.profile)
+    found = study.stats
+    return (f"Statistics of {len(found.frequency)} latents on {found.n_images} images are in "
+            f"{study.profile.short(study.profile.run_dir)}/; {found.n_unreadable} images could not be read.")
+
+
+def _cache(options) -> str:
+    """write the activations of the training images to the disk, after a question"""
+    from patchsae.project.caching import run
+
+    return run(options.profile, options.yes, options.dtype, options.verify)
+
+
+def _check(options) -> str:
+    """say what the profile needs, what is missing, and what it will cost"""
+    from patchsae.project.check import run
+
+    return run(options.profile, options.quiet)
+
+
+def _fetch(options) -> str:
+    """download the profile's weights and images as far as the hub has them"""
+    from patchsae.project.fetch import run
+
+    return run(options.profile)
+
+
+def _dashboard(options) -> str:
+    """write a page per latent and an index, which open without a server"""
+    from patchsae.app.dashboard import run
+
+    return run(options.profile, options.latents)
+
+
+def _rehearsal(options) -> str:
+    """make random weights and images in the paper's dimensions, or report what the notebooks took with them"""
+    from patchsae.project import rehearsal
+
+    return rehearsal.made() if options.what == "make" else rehearsal.reported()
+
+
+def _mini_clip(options) -> str:
+    """train the small CLIP of data/mini again"""
+    from patchsae.project.artifacts import mini_clip
+
+    return mini_clip()
+
+
+def _artifacts(options) -> str:
+    """train again what the notebooks only show: sweeps, seeds, many adaptations"""
+    from patchsae.project.artifacts import run
+
+    return run(options.profile)
+
+
+COMMANDS = {"train": _train, "latents": _latents, "cache": _cache, "check": _check, "fetch": _fetch,
+            "dashboard": _dashboard, "rehearsal": _rehearsal, "mini-clip": _mini_clip, "artifacts": _artifacts}
+#: Commands whose work processes share.
+SHARED = ("train", "latents", "cache")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    whole = argparse.ArgumentParser(prog="patchsae", description="Sparse autoencoders on the tokens of CLIP.")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
+    parts = {}
+    for name, run in COMMANDS.items():
+        parts[name] = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        parts[name].add_argument("--profile", help="mini, paper, rehearsal or your own; by default what PROFILE says")
+    parts["cache"].add_argument("--yes", action="store_true", help="write without asking")
+    parts["cache"].add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
+    parts["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
+    parts["check"].add_argument("--quiet", action="store_true", help="print nothing unless something is missing")
+    parts["dashboard"].add_argument("--latents", default="", help="such as 0-99,512; by default all, or 4,096 of them")
+    parts["rehearsal"].add_argument("what", choices=("make", "report"))
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and print what was done; an error that a user can mend is one sentence."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command in SHARED:
+            processes.join()
+        said = COMMANDS[options.command](options)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    if said and processes.rank() == 0:
+        print(said)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The dashboard: a page per latent and an index, which open from the file system with no server and no network.
+
+``python -m patchsae.app.dashboard`` writes ``figures/<profile>/dashboard/``.
+"""
+
+import base64
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from tqdm.auto import tqdm
+
+from patchsae.activations import load_pixels
+from patchsae.app import pages
+from patchsae.app.explorer import Explorer, as_seen, open_explorer
+from patchsae.app.pictures import scatter_picture
+from patchsae.app.state import CELLS
+from patchsae.config import start
+
+#: Pages are written for all latents up to this many; of more, for those of lowest label entropy.
+MOST = 4096
+#: Reference images are shown at most this large, in pixels; a latent has this many neighbours and bins a histogram.
+SIDE, NEIGHBOURS, BINS = 96, 8, 40
+HERE = Path(__file__).parent
+
+
+def chosen_latents(explorer: Explorer, ranges: str = "") -> list[int]:
+    """Latents to write pages for: ``"0-99,512"``, or by default all, and of too many the ``MOST`` of lowest entropy."""
+    n = explorer.sae.n_latents
+    if not ranges:
+        entropy = explorer.stats.label_entropy.nan_to_num(torch.inf)
+        return sorted(entropy.sort(stable=True).indices[:MOST].tolist())
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", ranges.replace(" ", "")):
+        raise ValueError(f"LATENTS is {ranges!r}; write numbers and ranges such as 0-99,512.")
+    ends = [part.split("-") for part in ranges.replace(" ", "").split(",")]
+    latents = sorted({latent for end in ends for latent in range(int(end[0]), int(end[-1]) + 1)})
+    if not latents or latents[-1] >= n:
+        raise ValueError(f"LATENTS is {ranges!r}, but the autoencoder has latents 0 to {n - 1}; choose among them.")
+    return latents
+
+
+@torch.no_grad()
+def reference_pass(explorer: Explorer, latents: Sequence[int], batch_images: int = 64) -> tuple[dict, np.ndarray]:
+    """Look once at every image that is a reference of one of the latents.
+
+    Returns small images, position -> uint8 ``[h,w,3]``, and soft masks uint8 ``[n,k,g,g]``: activation on the patches
+    of each reference image, from its lowest (0) to its highest (255).
+    """
+    clip, sae, g = explorer.clip, explorer.sae, explorer.clip.grid
+    rows = explorer.stats.reference_rows[list(latents)].numpy()
+    small, masks = {}, np.zeros((*rows.shape, g, g), np.uint8)
+    where, order = np.unique(rows[rows >= 0]), np.argsort(rows, axis=None, kind="stable")
+    first = np.searchsorted(rows.ravel()[order], where)
+    last = np.searchsorted(rows.ravel()[order], where, side="right")
+    for at in tqdm(range(0, len(where), batch_images), desc=f"{len(where)} reference images", mininterval=1):
+        batch = load_pixels(clip, explorer.references, where[at:at + batch_images])
+        z, shown = clip.below(batch.pixels, explorer.layer)[:, 1:clip.n_tokens], as_seen(clip, batch.pixels)
+        for i, row in enumerate(batch.rows):
+            small[int(row)] = _small(shown[i])
+            mine = np.unravel_index(order[first[at + i]:last[at + i]], rows.shape)
+            of = [latents[n] for n in mine[0]]
+            heat = sae.encode_some(z[i], of)
+            masks[mine] = _shares(heat).T.reshape(-1, g, g)
+    return small, masks
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    """An image ``[H,W,3]`` no larger than it is shown."""
+    if len(image) <= SIDE:
+        return image
+    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+def _shares(heat: torch.Tensor) -> np.ndarray:
+    """Activations ``[g*g,n]`` from the lowest patch (0) to the highest (255), uint8; as ``masks.soft_mask`` has it."""
+    low, high = heat.amin(0), heat.amax(0)
+    share = torch.where(high > low, (heat - low) / (high - low), (high > 0).float())
+    return (255 * share).round().byte().cpu().numpy()
+
+
+def write_dashboard(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
+    """Write the pages beside ``folder`` and put them in its place when all are there."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name in ("latents", "strips"):
+        (part / name).mkdir(parents=True)
+    small, masks = reference_pass(explorer, latents)
+    template = _environment().get_template("dashboard_latent.html")
+    histograms, near = _histograms(explorer), neighbours(explorer, latents)
+    for n, latent in enumerate(tqdm(latents, desc="pages", mininterval=1)):
+        page = _latent(explorer, latent, latents, n) | {
+            "title": title, "neighbours": near[n], "mask": base64.b64encode(masks[n].tobytes()).decode(),
+            "histograms": [_marked(*histogram, latent) for histogram in histograms]}
+        (part / "latents" / f"{latent}.html").write_text(template.render(page), encoding="utf-8")
+        if rows := [row for row in explorer.stats.reference_rows[latent].tolist() if row >= 0]:
+            strip = np.concatenate([small[row] for row in rows], axis=1)
+            (part / "strips" / f"{latent}.jpg").write_bytes(pages.jpeg(strip, 80))
+    _write_index(explorer, part, title, latents)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _environment() -> Environment:
+    return Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                       lstrip_blocks=True)
+
+
+def _latent(explorer: Explorer, latent: int, latents: Sequence[int], n: int) -> dict:
+    """What the page of a latent says."""
+    found, names = int(explorer.found[latent]), explorer.references.class_names
+    labels = explorer.stats.reference_labels[latent, :found].tolist()
+    values = explorer.stats.reference_values[latent, :found].tolist()
+    histogram, classes = explorer.label_histogram(latent), explorer.top_classes(latent, 8)
+    return {"latent": latent, "name": explorer.names[latent], "found": found, "grid": explorer.clip.grid,
+            "before": latents[n - 1], "after": latents[(n + 1) % len(latents)],
+            "references": [(names[label], value) for label, value in zip(labels, values)],
+            "facts": pages.facts(explorer.stats, latent),
+            "labels": [(name, count / found, f"{count} of {found}") for name, count in histogram.items()],
+            "classes": [(name, share / classes.iloc[0], f"{share:.1%}") for name, share in classes.items()]}
+
+
+@torch.no_grad()
+def neighbours(explorer: Explorer, latents: Sequence[int]) -> list[list[tuple[int, str, float]]]:
+    """For each latent those of the others whose decoder rows are nearest by cosine: (latent, name, cosine)."""
+    rows = torch.nn.functional.normalize(explorer.sae.W_dec[list(latents)], dim=1)
+    result = []
+    for at, part in enumerate(rows.split(1024)):
+        cosine = part @ rows.T
+        own = torch.arange(len(part))
+        cosine[own, own + 1024 * at] = -2
+        best = cosine.topk(min(NEIGHBOURS, len(rows) - 1), dim=1)
+        result += [[(latents[i], explorer.names[latents[i]], v) for i, v in zip(places, values)]
+                   for places, values in zip(best.indices.tolist(), best.values.tolist())]
+    return result
+
+
+def _histograms(explorer: Explorer) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each statistic its name, its value for every latent ``[S]``, and the edges and heights of its histogram."""
+    table = explorer.stats.table()
+    with np.errstate(divide="ignore"):
+        values = {"log10 frequency": np.log10(table["frequency"]), "log10 mean activation": np.log10(
+            table["mean_activation"]), "label entropy, nats": table["label_entropy"]}
+    return [(name, v.to_numpy(), *np.histogram(v[np.isfinite(v)], BINS)[::-1]) for name, v in values.items()]
+
+
+def _marked(name: str, values: np.ndarray, edges: np.ndarray, heights: np.ndarray, latent: int) -> dict:
+    """A histogram for the page of a latent: bars from 0 to 1, its ends, and the place of the latent or None."""
+    value, (low, high) = values[latent], (edges[0], edges[-1])
+    return {"name": name, "bars": (heights / max(1, heights.max())).round(3).tolist(),
+            "low": round(low, 1) + 0.0, "high": round(high, 1) + 0.0,
+            "value": value if np.isfinite(value) else None, "place": BINS * (value - low) / (high - low)}
+
+
+def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
+    """The index, what it searches in, and the files that all pages share."""
+    picture, area = scatter_picture(explorer)
+    (folder / "scatter.png").write_bytes(picture)
+    stats, rows = explorer.stats, []
+    for latent in latents:
+        numbers = [float(t[latent]) for t in (stats.frequency, stats.mean_activation, stats.label_entropy)]
+        classes = explorer.top_classes(latent, 3)
+        rows.append([latent, explorer.names[latent], ", ".join(classes.index), int(explorer.found[latent]),
+                     *(float(f"{v:.4g}") if np.isfinite(v) else None for v in numbers),
+                     *(round(float(v), 2) if np.isfinite(v) else None for v in explorer.places[latent])])
+    (folder / "latents.js").write_text(f"const LATENTS = {json.dumps(rows)};\n", encoding="utf-8")
+    (folder / "pages.css").write_text(pages.style(), encoding="utf-8")
+    shutil.copy(HERE / "dashboard.js", folder)
+    page = _environment().get_template("dashboard_index.html").render(
+        title=title, many=len(latents), of=explorer.sae.n_latents, images=stats.n_images, area=area, cells=CELLS)
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def run(name: str | None, ranges: str) -> str:
+    """Write the dashboard of a profile."""
+    begin, profile = time.monotonic(), start(name)
+    explorer, folder = open_explorer(profile), profile.figures_dir / "dashboard"
+    latents = chosen_latents(explorer, ranges)
+    write_dashboard(explorer, folder, f"{profile.data.task}, profile {profile.name}", latents)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+    return f"{len(latents)} pages, {size:.0f} MB, {time.monotonic() - begin:.0f} s: open {folder / 'index.html'}"

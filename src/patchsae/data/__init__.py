@@ -1,0 +1,1 @@
+"""Where images come from: arrays, folders, CoOp's benchmarks, the hub, masks."""

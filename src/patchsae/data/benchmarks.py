@@ -1,0 +1,166 @@
+"""The paper's data sets: rows of ``datasets.toml``, read in the folders of CoOp or from the Hugging Face hub.
+
+Labels are given by name, in the order of CoOp's class names, on which base and novel classes depend.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+
+from patchsae.data.images import FileDataset, HubDataset, images_in, in_turn
+
+TABLE = tomllib.loads(Path(__file__).with_name("datasets.toml").read_text())
+CLASS_NAMES = {title: tuple(halves["base"] + halves["new"]) for title, halves in
+               json.loads(Path(__file__).with_name("classnames_base_novel.json").read_text()).items()}
+#: Where the tasks with a split_zhou_*.json come from together, split files included.
+COOP_SOURCE = "https://huggingface.co/zhengli97/prompt_learning_dataset"
+
+
+def open_benchmark(root: Path, task: str, split: str, n: int | None = None,
+                   size: int | None = None) -> FileDataset | HubDataset:
+    """The images of one split of a row, classes in turn, at most ``n`` of them, all counts checked.
+
+    ``size``: pixels a side that images are cropped to.
+    """
+    row = _row(task)
+    if split not in row["counts"]:
+        raise ValueError(f"{task} has the splits {', '.join(row['counts'])}, not {split!r}.")
+    if missing(root, task) and "hub" in row:
+        return open_hub(task, split, n, size)
+    files, names = _files(Path(root), task, split)
+    _check_count(task, split, len(files))
+    return FileDataset(Path(root), in_turn(files, n), names, size, dict.fromkeys(label for _, label in files))
+
+
+def missing(root: Path, task: str) -> list[Path]:
+    """What a row needs under ``root`` and is not there."""
+    row = _row(task)
+    if row["layout"] == "hub":
+        return [Path(row["hub"]["id"])]
+    folder = Path(root) / row["folder"]
+    needed = {"coop": [row.get("split")], "aircraft": ["variants.txt", "images_variant_train.txt"],
+              "wnid": ["classnames.txt"], "numbered": []}[row["layout"]]
+    needed += [row["images"]] if "images" in row else sorted(set(row["splits"].values()))
+    return [folder / name for name in needed if not (folder / name).exists()]
+
+
+def where_from(task: str) -> str:
+    """The link or command that gets a row's images."""
+    return _row(task).get("get", COOP_SOURCE)
+
+
+def _row(task: str) -> dict:
+    if task not in TABLE:
+        raise ValueError(f"There is no data set {task!r} in datasets.toml; choose one of {', '.join(TABLE)}.")
+    return TABLE[task]
+
+
+def _check_count(task: str, split: str, found: int) -> None:
+    expected = TABLE[task]["counts"][split]
+    if found != expected:
+        raise ValueError(f"{task}/{split} has {found:,} images where {expected:,} are expected; complete it from "
+                         f"{where_from(task)}.")
+
+
+# Files in the layouts of CoOp
+
+def _files(root: Path, task: str, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Files and labels of a split in the order of its source, and the class names."""
+    row = TABLE[task]
+    if absent := missing(root, task):
+        raise FileNotFoundError(f"{task} lacks {absent[0]}; get it from {where_from(task)}.")
+    folder = root / row["folder"]
+    read = {"coop": _from_json, "aircraft": _from_lists, "wnid": _from_wnids, "numbered": _from_numbers}[row["layout"]]
+    return read(row, folder, split)
+
+
+def _from_json(row: dict, folder: Path, split: str):
+    path = folder / row["split"]
+    try:
+        items = [(str(name), str(title)) for name, _, title in json.loads(path.read_text())[split]]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is not a split file of CoOp ({type(error).__name__}); get it again from "
+                         f"{COOP_SOURCE}.") from error
+    return _named([(folder / row["images"] / _inside(name, path), title) for name, title in items], row, path)
+
+
+def _from_lists(row: dict, folder: Path, split: str):
+    path = folder / f"images_variant_{split}.txt"
+    pairs = [line.split(" ", 1) for line in path.read_text().splitlines() if line.strip()]
+    return _named([(folder / row["images"] / _inside(f"{name}.jpg", path), title) for name, title in pairs], row, path)
+
+
+def _named(pairs: list[tuple[Path, str]], row: dict, source: Path):
+    """Labels by name: the place of each file's class name in CoOp's order."""
+    names = CLASS_NAMES[row["title"]]
+    places = {name: label for label, name in enumerate(names)}
+    titles = [title.replace("_", " ") for _, title in pairs]
+    if unknown := sorted(set(titles) - set(places)):
+        raise ValueError(f"{source} names the class {unknown[0][:80]!r}, which {row['title']} does not have; get it "
+                         f"again from {COOP_SOURCE}.")
+    return [(path, places[title]) for (path, _), title in zip(pairs, titles)], names
+
+
+def _inside(name: str, source: Path) -> str:
+    """A relative path that stays where it is."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{source} names the file {name[:80]!r} outside its folder; get it again from {COOP_SOURCE}.")
+    return name
+
+
+def _from_wnids(row: dict, folder: Path, split: str):
+    """One folder per WordNet id: sorted, they are the labels, and classnames.txt says what they are called."""
+    lines = (folder / "classnames.txt").read_text().splitlines()
+    titles = dict(line.strip().split(" ", 1) for line in lines if " " in line.strip())
+    folders = sorted(p for p in (folder / row["splits"][split]).iterdir() if p.is_dir() and p.name[0] == "n")
+    if unnamed := [p.name for p in folders if p.name not in titles]:
+        raise ValueError(f"{folder / 'classnames.txt'} does not name {unnamed[0]}; take the file that CoOp gives.")
+    names = tuple(titles[p.name] for p in folders)
+    known = CLASS_NAMES.get(row["title"], names)
+    if names != known:
+        raise ValueError(f"{folder} has {len(names)} classes that are not the {row['classes']} of {row['title']}; "
+                         "complete the folders, and take CoOp's classnames.txt.")
+    return [(file, label) for label, p in enumerate(folders) for file in images_in(p)], names
+
+
+def _from_numbers(row: dict, folder: Path, split: str):
+    names, top = CLASS_NAMES[row["title"]], folder / row["splits"][split]
+    folders = [top / str(label) for label in range(len(names))]
+    if absent := [p for p in folders if not p.is_dir()]:
+        raise FileNotFoundError(f"There is no folder {absent[0]}; complete it from {row['get']}.")
+    return [(file, label) for label, p in enumerate(folders) for file in images_in(p)], names
+
+
+# The hub
+
+def open_hub(task: str, split: str, n: int | None = None, size: int | None = None) -> HubDataset:
+    """A row's split as the Hugging Face hub, or its cache on this machine, gives it."""
+    import datasets
+
+    row, hub = _row(task), _row(task)["hub"]
+    try:
+        table = datasets.load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split],
+                                      revision=hub.get("revision"))
+    except Exception as error:  # the library has errors of its own for every way a server can fail
+        raise FileNotFoundError(f"{task} is neither in its folder nor given by the hub ({type(error).__name__}); get "
+                                f"it from {where_from(task)}.") from error
+    _check_count(task, split, len(table))
+    names, labels = _hub_labels(table, row, hub)
+    rows = [i for i, _ in in_turn(list(enumerate(labels.tolist())), n)]
+    table = table.cast_column(hub["image"], datasets.Image(decode=False)).select(rows)
+    return HubDataset(table, hub["image"], labels[rows], names, size)
+
+
+def _hub_labels(table, row: dict, hub: dict) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names and labels in CoOp's order: by name, but for ImageNet, whose order is that of the WordNet ids."""
+    feature, labels = table.features[hub["label"]], np.asarray(table[hub["label"]])
+    theirs = [name.replace("_", " ") for name in feature.names]
+    names = CLASS_NAMES.get(row["title"], tuple(theirs))
+    if hub.get("order") == "wnid" and len(theirs) == len(names):
+        return names, labels
+    lower = {name.lower(): label for label, name in enumerate(names)}
+    if unknown := [name for name in theirs if name.lower() not in lower]:
+        raise ValueError(f"{hub['id']} has the class {unknown[0]!r}, which {row['title']} does not have; use a folder.")
+    return names, np.array([lower[name.lower()] for name in theirs])[labels]

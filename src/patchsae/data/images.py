@@ -1,0 +1,184 @@
+"""Images in files: decoded and cropped one way everywhere, and counted where they cannot be read."""
+
+import hashlib
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+#: Images up to this many times longer than wide are resized as a whole, and then equal CLIP's own bit for bit.
+LONGEST = 8
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Item(NamedTuple):
+    """One image: uint8 ``[H, W, 3]`` or preprocessed float ``[3, H, W]``, its label and its content id."""
+
+    image: np.ndarray | torch.Tensor
+    label: int
+    id: str
+
+
+class Unreadable(ValueError):
+    """One image cannot be read; a pass over a data set goes on over a few of these."""
+
+
+def content_id(image: np.ndarray | torch.Tensor) -> str:
+    """Hash of an image's shape and bytes: 16 hexadecimal digits."""
+    array = np.ascontiguousarray(image)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()[:16]
+
+
+def hash_of(content: list) -> str:
+    """Hash of what JSON can write: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """The first frame of an image as uint8 ``[H, W, 3]``; of 16 bits the upper 8, transparency left out."""
+    if image.mode.startswith(("I", "F")):
+        deep = np.asarray(image).astype(np.float64)
+        grey = (deep / 256 if image.mode.startswith("I") and deep.max() > 255 else deep).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def read_image(source: Path | bytes, name: str | Path) -> np.ndarray:
+    """Decode a file, or its bytes, to uint8 ``[H, W, 3]``; ``name`` is what an error calls it."""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return rgb(image)
+    except Exception as error:  # every decoder has errors of its own for damaged bytes
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise Unreadable(f"Cannot read the image {name} ({reason}); replace or remove it.") from error
+
+
+class Crop(NamedTuple):
+    """CLIP's crop: the shorter side is brought to ``size`` pixels, bicubic, and the central square kept.
+
+    A map of numbers ``[H, W]`` is cut alike with ``Image.Resampling.NEAREST``.
+    """
+
+    size: int
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """uint8 ``[H, W, 3] -> [size, size, 3]``."""
+        size, (height, width) = self.size, image.shape[:2]
+        if (height, width) == (size, size):
+            return image
+        # The sides of the whole resized image are cut to whole pixels, as CLIP's own preprocessing does.
+        tall, wide = (size, size * width // height) if height <= width else (size * height // width, size)
+        top, left = (tall - size) // 2, (wide - size) // 2
+        picture = Image.fromarray(image)
+        if max(tall, wide) <= LONGEST * size:
+            whole = picture.resize((wide, tall), self.resample)
+            return np.array(whole)[top:top + size, left:left + size]
+        # Of an image much longer than it is wide only the square is computed: the whole would not fit into memory.
+        box = (left * width / wide, top * height / tall, (left + size) * width / wide, (top + size) * height / tall)
+        box = (*box[:2], min(box[2], width), min(box[3], height))
+        return np.array(picture.resize((size, size), self.resample, box))
+
+
+class Images:
+    """What every source of images is: ``len(ds)``, ``ds[i] -> Item``, ``ds.class_names`` and ``ds.labels [N]``.
+
+    What a source does not have is as it stands here. ``from_files``: reading takes a while, so that worker processes
+    read ahead. ``label_order``: the labels in the order in which the source first names them, where that is not their
+    own. ``concepts``: kind -> names of what ``scene(i).coverage(kind)`` has ground truth for; ``groups``: concept ->
+    what it belongs to. ``unreadable``: position -> reason, filled by passes over the data set.
+    """
+
+    from_files: bool = False
+    label_order: tuple[int, ...] = ()
+    concepts: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, str] = {}
+
+    def __init__(self, labels, class_names):
+        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Item:
+        raise NotImplementedError
+
+    def scene(self, i: int):
+        """Image ``i`` with its ground truth, where the source has ``concepts``."""
+        raise ValueError(f"{type(self).__name__} has no ground truth; use images with masks.")
+
+    def fingerprint(self) -> str:
+        """Hash of what the data set holds."""
+        raise NotImplementedError
+
+
+class FileDataset(Images):
+    """Images in files.
+
+    ``files``: pairs of a path and a label; ``root``: the folder they are in, left out of the fingerprint; ``size``:
+    pixels a side that CLIP's crop brings them to, so that maps over patches lie on what is shown; None leaves them.
+    """
+
+    from_files = True
+
+    def __init__(self, root: Path, files: list[tuple[Path, int]], class_names, size: int | None = None,
+                 label_order=()):
+        super().__init__([label for _, label in files], class_names)
+        self.root, self.files, self.size, self.label_order = Path(root), files, size, tuple(label_order)
+
+    def __getitem__(self, i: int) -> Item:
+        path, label = self.files[i]
+        return _item(read_image(path, path), label, self.size)
+
+    def fingerprint(self) -> str:
+        """Hash of the names, labels, sizes and times of the files; a missing file counts as one of no size."""
+        rows = []
+        for path, label in self.files:
+            stat = path.stat() if path.is_file() else None
+            size, time = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+            rows.append([str(path.relative_to(self.root)), label, size, time])
+        return hash_of([*rows, list(self.class_names), self.size])
+
+
+class HubDataset(Images):
+    """Images in a column of a Hugging Face table, decoded here and cropped as above; ``labels [N]`` are numbers."""
+
+    from_files = True
+
+    def __init__(self, table, column: str, labels: np.ndarray, class_names, size: int | None = None):
+        super().__init__(labels, class_names)
+        self.table, self.column, self.size = table, column, size
+
+    def __getitem__(self, i: int) -> Item:
+        stored = self.table[int(i)][self.column]
+        name = f"{i} ({stored['path'] or self.column})"
+        image = read_image(stored["bytes"] or Path(stored["path"]), name)
+        return _item(image, int(self.labels[i]), self.size)
+
+    def fingerprint(self) -> str:
+        """Hash of the table's own fingerprint, the labels and the names."""
+        return hash_of([self.table._fingerprint, self.labels.tolist(), list(self.class_names), self.size])
+
+
+def _item(image: np.ndarray, label: int, size: int | None) -> Item:
+    image = image if size is None else Crop(size)(image)
+    return Item(image, label, content_id(image))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder by name, hidden ones left out."""
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] != ".")
+
+
+def in_turn(files: list[tuple], n: int | None) -> list[tuple]:
+    """The first ``n`` of pairs of a file and a label when classes take turns; all of them in that order for None."""
+    seen, ranked = {}, []
+    for path, label in files:
+        seen[label] = seen.get(label, -1) + 1
+        ranked.append((seen[label], label, path))
+    return [(path, label) for _, label, path in sorted(ranked, key=lambda row: row[:2])[:n]]

@@ -1,0 +1,1 @@
+"""The same numbers, sooner: sparse step, kernels, oneDNN, processes."""

@@ -1,0 +1,67 @@
+"""Downloads what the Hugging Face hub has of a profile's weights and images, resumes, verifies: ``make fetch``."""
+
+from pathlib import Path
+
+from patchsae.config import Profile, load_profile
+from patchsae.data.benchmarks import TABLE, missing, open_hub, where_from
+from patchsae.project.check import model_file, read_tasks
+from patchsae.weights.files import save_json
+from patchsae.weights.formats import file_sha256
+
+#: The files of a model that are read; the hub often has others of other frameworks beside them.
+MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer*", "vocab.json", "merges.txt",
+               "special_tokens_map.json", "model.safetensors", "pytorch_model.bin")
+
+
+def fetch_model(profile: Profile) -> dict[str, str]:
+    """Download the profile's model at its revision; every large file must have the hash that the hub states for it.
+
+    Returns file -> sha256, which is also written to ``data/<profile>/fetched.json``.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, _, revision = profile.model.name.partition("@")
+    try:
+        stated = HfApi().model_info(repository, revision=revision or None, files_metadata=True).siblings
+        large = {file.rfilename: file.lfs.sha256 for file in stated if file.lfs}
+        wanted = [name for name in MODEL_FILES if name != "pytorch_model.bin" or "model.safetensors" not in large]
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+    except Exception as error:  # the library has errors of its own for every way a server can fail
+        raise OSError(f"The hub does not give {repository} ({type(error).__name__}); check the network and run "
+                      f"{profile.model.get} again, it goes on where it stopped.") from error
+    return verified(profile, folder, large)
+
+
+def verified(profile: Profile, folder: str, large: dict[str, str]) -> dict[str, str]:
+    """Hashes of what was downloaded; one that is not as stated is an error."""
+    found = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    if bad := [name for name, digest in large.items() if found.get(name, digest) != digest]:
+        raise ValueError(f"{bad[0]} of {profile.model.name} does not have the hash that the hub states; remove "
+                         f"{folder} and run {profile.model.get} again.")
+    save_json(profile.data_dir / "fetched.json", found)
+    return found
+
+
+def fetch_images(profile: Profile) -> list[str]:
+    """Download the tasks that the hub has and no folder holds; returns a line for each task."""
+    lines = []
+    for task in read_tasks(profile):
+        if profile.data.source != "benchmarks" or not missing(profile.data_dir / "images", task):
+            lines.append(f"{task}: there")
+        elif "hub" in TABLE[task]:
+            sizes = [len(open_hub(task, split)) for split in TABLE[task]["hub"]["splits"]]
+            lines.append(f"{task}: {sum(sizes):,} images from the hub")
+        else:
+            lines.append(f"{task}: not on the hub in CoOp's splits; get it from {where_from(task)}")
+    return lines
+
+
+def run(name: str | None) -> str:
+    """Fetch what a profile needs; returns a line for each thing."""
+    profile = load_profile(name)
+    if profile.model.name.startswith("data/"):
+        there = "there" if model_file(profile.model.name) else f"not on the hub; {profile.model.get} makes it"
+        lines = [f"{profile.model.name}: {there}"]
+    else:
+        lines = [f"{profile.model.name}: {file} sha256 {digest}" for file, digest in fetch_model(profile).items()]
+    return "\n".join([*lines, *fetch_images(profile)])

@@ -1,0 +1,1 @@
+"""Longer questions: adaptation, remapping, recovery, interpretability, and the tables of many runs."""

@@ -1,0 +1,160 @@
+"""What adaptation changes (sec. 4.2): accuracies, swapped sides, latents before and after, and what they can tell.
+
+``before`` and ``after`` are models as in ``adapt``: an image tower and how it embeds class names. The autoencoder is
+the one trained on plain CLIP, the images are the same, and so are the tokens: prompts are left out.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest, pearsonr, spearmanr, t
+
+from patchsae.ablation import accuracy_table, bootstrap, descending, topk_masking
+from patchsae.sae import SparseAutoencoder
+from patchsae.studies.adapt import Adapted, image_embeddings
+
+SIDES = ("clip", "adapted")
+
+
+def interval(hits: np.ndarray) -> dict[str, float]:
+    """Accuracy of ``hits [N]`` with its 95 % Wilson interval."""
+    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return {"n": len(hits), "accuracy": float(np.mean(hits)), "low": found.low, "high": found.high}
+
+
+@torch.no_grad()
+def swap_hits(before: Adapted, after: Adapted, ds,
+              known: torch.Tensor | None = None) -> dict[tuple[str, str], np.ndarray]:
+    """Which images are classified right with the image tower of one model and the text features of the other.
+
+    (image side, text side) -> bool ``[N]``; sides are "clip" and "adapted". ``known [N,P]``: the images' embeddings
+    by ``before``, where they were computed already.
+    """
+    models = dict(zip(SIDES, (before, after)))
+    first = image_embeddings(before.tower, ds) if known is None else known
+    embeddings = dict(zip(SIDES, (first, image_embeddings(after.tower, ds))))
+    text = {side: model.text(ds.class_names) for side, model in models.items()}
+    return {(image, words): (before.tower.logits(embeddings[image], text[words]).argmax(1).cpu().numpy() == ds.labels)
+            for image in SIDES for words in SIDES}
+
+
+def swap_table(before: Adapted, after: Adapted, ds, known: torch.Tensor | None = None) -> pd.DataFrame:
+    """``swap_hits`` as accuracies: columns image, text, n, accuracy, low, high."""
+    return pd.DataFrame([{"image": image, "text": words} | interval(hits)
+                         for (image, words), hits in swap_hits(before, after, ds, known).items()])
+
+
+def gain_parts(table: pd.DataFrame) -> pd.Series:
+    """Split the gain of one ``swap_table``: what each side brings alone, and what only both together bring.
+
+        gain = A(adapted, adapted) - A(clip, clip);  image = A(adapted, clip) - A(clip, clip)
+        text = A(clip, adapted) - A(clip, clip);     interaction = gain - image - text
+    """
+    a = table.set_index(["image", "text"])["accuracy"]
+    start, gain = a["clip", "clip"], a["adapted", "adapted"] - a["clip", "clip"]
+    image, text = a["adapted", "clip"] - start, a["clip", "adapted"] - start
+    return pd.Series({"gain": gain, "image": image, "text": text, "interaction": gain - image - text})
+
+
+def harmonic_mean(base, novel):
+    """2 b n / (b + n) of accuracies; 0 where both are."""
+    total = np.asarray(base, float) + novel
+    return np.divide(2 * np.asarray(base, float) * novel, total, out=np.zeros_like(total), where=total > 0)
+
+
+def improvement_rate(before, after):
+    """Delta = (adapted - zero-shot) / (1 - zero-shot) (table 1); NaN where nothing was left to improve."""
+    left = 1 - np.asarray(before, float)
+    return np.divide(np.asarray(after, float) - before, left, out=np.full_like(left, np.nan), where=left > 0)
+
+
+def main_table(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """``table1.csv`` from the swaps: columns task, half, method, seed, accuracy, low, high; zero-shot once a task."""
+    own = accuracy[(accuracy["image"] == "adapted") & (accuracy["text"] == "adapted")]
+    plain = accuracy[(accuracy["image"] == "clip") & (accuracy["text"] == "clip")]
+    plain = plain.drop_duplicates(["task", "half"]).assign(method="zero-shot", seed=0)
+    columns = ["task", "half", "method", "seed", "accuracy", "low", "high"]
+    return pd.concat([plain, own])[columns].reset_index(drop=True)
+
+
+def seed_means(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Means over tasks (if not in ``by``) and seeds, with a t interval over seeds: columns accuracy, low, high, seeds.
+
+    A method without chance (one seed) has its single value as both ends.
+    """
+    per_seed = table.groupby([*by, "seed"], sort=False)["accuracy"].mean()
+    rows = per_seed.groupby(level=list(by), sort=False).agg(["mean", "std", "count"])
+    half = (t.ppf(0.975, (rows["count"] - 1).clip(lower=1)) * rows["std"] / np.sqrt(rows["count"])).fillna(0)
+    return pd.DataFrame({"accuracy": rows["mean"], "low": rows["mean"] - half, "high": rows["mean"] + half,
+                         "seeds": rows["count"]}).reset_index()
+
+
+# Latents before and after -------------------------------------------------------------------------------
+
+GROUPS = ("high", "high to low", "low to high")
+
+
+def ranks(counts: torch.Tensor) -> torch.Tensor:
+    """Rank of every latent within each class, 1 for the most active, ties lowest index first: ``[C,S] -> [C,S]``.
+
+    Latents that were never active share the last rank S: being listed first among the silent means nothing.
+    """
+    order = torch.stack([descending(row) for row in counts])
+    places = torch.arange(1, counts.shape[1] + 1).expand_as(order)
+    return torch.zeros_like(order).scatter_(1, order, places).where(counts > 0, torch.tensor(counts.shape[1]))
+
+
+def groups(before: torch.Tensor, after: torch.Tensor, upper: int, lower: int) -> dict[str, torch.Tensor]:
+    """Which latents of each class belong to which group, from class counts ``[C,S]`` before and after: bool ``[C,S]``.
+
+    high: rank <= ``upper`` in both; high to low: rank <= ``upper`` before and > ``lower`` after; low to high: the
+    reverse. The paper gives no rule; this one can be reconstructed (sec. 4.2, figs. 7 and 17).
+    """
+    if not 1 <= upper <= lower < before.shape[1]:
+        raise ValueError(f"Ranks {upper} and {lower} do not cut {before.shape[1]} latents; give 1 <= upper <= lower < "
+                         f"{before.shape[1]}.")
+    first, second = ranks(before), ranks(after)
+    return {"high": (first <= upper) & (second <= upper), "high to low": (first <= upper) & (second > lower),
+            "low to high": (first > lower) & (second <= upper)}
+
+
+def group_sizes(before: torch.Tensor, after: torch.Tensor, uppers: Sequence[int],
+                lowers: Sequence[int]) -> pd.DataFrame:
+    """Latents per class in every group, for every pair of ranks: columns upper, lower, group, mean, low, high.
+
+    Intervals are bootstrapped over classes.
+    """
+    rows = []
+    for upper, lower in itertools.product(uppers, lowers):
+        if upper <= lower < before.shape[1]:
+            for name, members in groups(before, after, upper, lower).items():
+                sizes = members.sum(1, keepdim=True).double().numpy()
+                low, high = bootstrap(sizes)
+                rows.append((upper, lower, name, sizes.mean(), low[0], high[0]))
+    return pd.DataFrame(rows, columns=["upper", "lower", "group", "mean", "low", "high"])
+
+
+def correlations(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """Of two activation counts ``[S]``: Pearson's r of the counts and of log10(1 + count), Spearman's rho."""
+    x, y = before.double().numpy(), after.double().numpy()
+    return {"pearson": pearsonr(x, y).statistic, "pearson_log": pearsonr(np.log10(1 + x), np.log10(1 + y)).statistic,
+            "spearman": spearmanr(x, y).statistic}
+
+
+def masking_grid(before: Adapted, after: Adapted, sae: SparseAutoencoder, counts: dict[str, torch.Tensor], ds,
+                 layer: int, ks: Sequence[int], batch_images: int = 64) -> pd.DataFrame:
+    """Fig. 5c, 15, 16: masking with latents selected by the one model's counts and images classified by the other.
+
+    ``counts``: side ("clip", "adapted") -> class counts ``[C,S]`` of the classes of ``ds`` on training images.
+    Columns selects, classifies, mode, k, accuracy, low, high.
+    """
+    tables = []
+    for selects, (classifies, model) in itertools.product(SIDES, zip(SIDES, (before, after))):
+        ranking = torch.stack([descending(row) for row in counts[selects]])
+        images = topk_masking(model.tower, sae, ds, None, model.text(ds.class_names), layer, ks, ranking=ranking,
+                              per_image="predictions", batch_images=batch_images)
+        tables.append(accuracy_table(images, draws=500).assign(selects=selects, classifies=classifies))
+    return pd.concat(tables)[["selects", "classifies", "mode", "k", "accuracy", "low", "high"]].reset_index(drop=True)

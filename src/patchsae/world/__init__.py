@@ -1,0 +1,1 @@
+"""The drawn world: scenes with ground truth, the mini CLIP's training, its probes."""

@@ -1,0 +1,291 @@
+"""What a profile needs is said before anything is computed; what is fetched is verified; the rehearsal is timed."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import one_sentence
+from huggingface_hub import constants
+from PIL import Image
+
+from patchsae import load_profile
+from patchsae.config import ROOT
+from patchsae.data.masked import open_masked
+from patchsae.project import check, fetch, rehearsal
+from patchsae.weights.formats import file_sha256
+from patchsae.world.scenes import CONCEPTS, KINDS, draw_scene
+
+
+def files(root) -> dict:
+    """Every file under a folder with its time, but for git's own."""
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name != ".git"]
+        found |= {os.path.join(folder, name): os.stat(os.path.join(folder, name)).st_mtime_ns for name in names}
+    return found
+
+
+def make(command: str, home) -> subprocess.CompletedProcess:
+    """Call make for the paper profile on a machine that has fetched nothing."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "HF_"))}
+    return subprocess.run(["make", command, "PROFILE=paper", f"PYTHON={sys.executable}"], cwd=ROOT, text=True,
+                          env=clean | {"HF_HOME": str(home)}, capture_output=True)
+
+
+def test_figures_without_weights_stop_with_the_list_and_write_nothing(tmp_path):
+    before, start = files(ROOT), time.monotonic()
+    result = make("figures", tmp_path)
+    assert result.returncode != 0 and time.monotonic() - start < 60
+    assert files(ROOT) == before and not list(tmp_path.iterdir())
+    lines = [line.strip() for line in result.stderr.splitlines()]
+    for name in ("clip-vit-base-patch16", "ImageNet (imagenet)", "split_zhou_Caltech101.json", "CIFAR100"):
+        place = next(i for i, line in enumerate(lines) if name in line)
+        assert lines[place + 1].startswith("get it: ") and len(lines[place + 1]) > 20
+    assert "make fetch PROFILE=paper" in result.stderr and "run_notebook" not in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_report_names_everything(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", "nowhere")
+    for name in ("mini", "paper", "rehearsal"):
+        profile = load_profile(name)
+        text = check.report(profile)
+        assert all(need.name in text for need in check.needs(profile))
+        work = check.costs(profile)
+        assert all(notebook in text and (ROOT / "notebooks" / f"{notebook}.ipynb").is_file() for notebook in work)
+        assert all(cost.flops > 0 and cost.images > 0 and cost.memory > 0 for cost in work.values())
+    assert all(need.there for need in check.needs(load_profile("mini")))
+    assert not check.missing_lines(load_profile("mini"))
+
+
+def test_costs_of_the_paper_are_those_known():
+    """About 35 GFLOP an image in the tower, 2.3e17 for the autoencoder's training, 42 GB at twice the batch."""
+    work = check.costs(load_profile("paper"))
+    assert 2.0e17 < work["01_train_sae"].flops < 4.5e17
+    assert 20 < work["01_train_sae"].memory < 42
+
+
+def test_every_notebook_has_a_cost():
+    notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    for name in ("mini", "paper", "rehearsal"):
+        assert set(check.costs(load_profile(name))) == notebooks
+
+
+def test_arithmetic_of_an_image_is_what_a_counter_counts():
+    """Of the mini model, class token alone in the last block: at most a quarter less than the formula, never more."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from patchsae.clip import load_clip
+
+    profile = load_profile("mini")
+    clip, u = load_clip(str(ROOT / profile.model.name)), check.units(profile)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        clip.above(clip.below(torch.zeros(1, 3, 64, 64), -2), -2)
+    assert 0.75 * u.tower < counted.get_total_flops() <= 1.02 * u.tower
+    assert u.product == 2 * 65 * 128 * 224 and u.latents == 224
+
+
+def test_arithmetic_of_adaptation_follows_its_steps():
+    """By hand for half of ImageNet: MaPLe 5 epochs of 2,000 steps, CoOp 50 of 250, and 500 classes in every step."""
+    profile = load_profile("paper")
+    u = check.units(profile)
+    text = 500 * 12 * 24 * 12 * 512**2
+    for method, steps, batch, passes, with_text in (("maple", 10_000, 4, 2, 1), ("coop", 12_500, 32, 1, 1),
+                                                    ("lora", 12_500, 32, 2, 0), ("fine_tuning", 2_500, 32, 3, 0)):
+        flops, images = check.training_cost(profile, u, method, 500)
+        assert images == steps * batch
+        assert flops == pytest.approx(images * passes * u.tower + with_text * steps * 2 * text)
+    small = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, seeds=(1,)))
+    one, three = (check.costs(p)["06_maple_adaptation"] for p in (small, profile))
+    assert one.flops < three.flops < 3 * one.flops
+    assert 3 * (one.disk - u.weights) == pytest.approx(three.disk - u.weights)
+
+
+def test_what_is_made_already_costs_nothing_unless_counted_anew():
+    profile, name = load_profile("mini"), "06_maple_adaptation"
+    there, anew = check.costs(profile)[name], check.costs(profile, anew=True)[name]
+    assert 0 < there.flops < anew.flops / 5 and there.disk == 0 < anew.disk and there.images < anew.images
+
+
+def test_tasks_of_adaptation_and_masks_are_needed(tmp_path, monkeypatch):
+    """Notebook 06 reads tasks that no other does, and notebook 07 masks; one of the public sets will do."""
+    profile = load_profile("paper")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    lines = "\n".join(check.missing_lines(profile))
+    assert all(title in lines for title in ("StanfordCars", "FGVCAircraft", "SUN397", "EuroSAT", "UCF101", "masks in"))
+    assert "ADEChallengeData2016.zip" in lines
+    (tmp_path / "segmentation" / "oxford-pets").mkdir(parents=True)
+    assert "masks in" not in "\n".join(check.missing_lines(profile))
+    assert not any("masks" in need.name for need in check.needs(load_profile("mini")))
+
+
+def test_model_of_the_hub_is_there_when_its_cache_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = "57c216476eefef5ab752ec549e440a49ae4ae5f3"
+    folder = tmp_path / "models--openai--clip-vit-base-patch16" / "snapshots" / revision
+    name = f"openai/clip-vit-base-patch16@{revision}"
+    folder.mkdir(parents=True)
+    for file in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        assert not has(name, tmp_path)
+        (folder / file).write_text("{}")
+    assert has(name, tmp_path) and not has(name.replace("16@", "32@"), tmp_path)
+    assert check.model_file("data/mini/clip") and not check.model_file("data/nothing")
+
+
+def has(name, cache) -> bool:
+    """Whether a model is found, looking in this cache alone."""
+    from functools import partial
+
+    from huggingface_hub import try_to_load_from_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=cache))
+        return check.model_file(name) is not None
+
+
+def test_a_named_autoencoder_that_is_not_there_is_missing(tmp_path):
+    profile = load_profile("mini")
+    for name, there in (("nothing/out.pt", False), (str(tmp_path), True), ("someone/autoencoder", True)):
+        assert [need.there for need in check.needs(profile.with_sae(weights=name)) if name in need.name] == [there]
+
+
+# Fetching
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that has one model; what it states as the hash of the weights can be changed."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    stated = {"model.safetensors": file_sha256(folder / "model.safetensors")}
+
+    def info(self, repository, revision, files_metadata):
+        assert len(revision) == 40 and files_metadata
+        large = [types.SimpleNamespace(rfilename=n, lfs=types.SimpleNamespace(sha256=h)) for n, h in stated.items()]
+        return types.SimpleNamespace(siblings=[*large, types.SimpleNamespace(rfilename="config.json", lfs=None)])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(type(load_profile("paper")), "data_dir", property(lambda self: tmp_path / "data"))
+    return stated
+
+
+def test_fetched_files_are_verified_and_noted(hub, tmp_path):
+    found = fetch.fetch_model(load_profile("paper"))
+    assert json.loads((tmp_path / "data" / "fetched.json").read_text()) == found
+    assert found["model.safetensors"] == hub["model.safetensors"] and set(found) == {"model.safetensors", "config.json"}
+    hub["model.safetensors"] = "0" * 64
+    with pytest.raises(ValueError) as error:
+        fetch.fetch_model(load_profile("paper"))
+    assert one_sentence(error.value) and "model.safetensors" in str(error.value)
+
+
+def test_hub_out_of_reach_is_one_sentence(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(OSError) as error:
+        fetch.fetch_model(load_profile("paper"))
+    assert one_sentence(error.value) and "make fetch PROFILE=paper" in str(error.value)
+
+
+def test_tasks_the_hub_does_not_have_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "open_hub", lambda task, split: range(5))
+    lines = fetch.fetch_images(load_profile("paper"))
+    assert len(lines) == 13 and any(line.startswith("cifar100: 10 images") for line in lines)
+    assert any(line.startswith("caltech101: not on the hub") for line in lines)
+
+
+def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, monkeypatch):
+    profile = load_profile("mini")
+    digest = file_sha256(ROOT / "data" / "mini" / "clip" / "model.safetensors")
+    assert check.weights_line(profile).endswith(f"{digest}, unverified, no hash of it is known")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    (tmp_path / "fetched.json").write_text(json.dumps({"model.safetensors": digest}))
+    assert check.weights_line(profile).endswith(f"{digest}, verified")
+    (tmp_path / "fetched.json").write_text(json.dumps({"model.safetensors": "0" * 64}))
+    with pytest.raises(ValueError) as error:
+        check.weights_line(profile)
+    assert one_sentence(error.value)
+
+
+# The rehearsal
+
+def test_drawn_images_are_in_folders_of_the_stated_classes(tmp_path, monkeypatch):
+    profile = load_profile("rehearsal")
+    data = dataclasses.replace(profile.data, train_images=16, test_images=8)
+    shared = dataclasses.replace(profile.adaptation, images=4, shots=4)
+    profile = dataclasses.replace(profile, data=data, adaptation=shared)
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    assert rehearsal.draw_images(profile) == 16 + 3 * 8 + 4 * 4 == len(list(tmp_path.rglob("*.png")))
+    assert len(list((tmp_path / "images" / "nouns" / "train").iterdir())) == rehearsal.CLASSES
+    assert Image.open(next(tmp_path.rglob("*.png"))).size == (224, 224)
+    assert check.needs(profile)[1].there and check.classes_of(profile, "nouns") == rehearsal.CLASSES
+
+
+def test_drawn_masks_are_read_as_ade20k_is(tmp_path, monkeypatch):
+    """A pixel shows its scene's noun, or else its background, at the place and under the name that were drawn."""
+    profile = load_profile("rehearsal")
+    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
+    monkeypatch.setattr(rehearsal, "MASKED", {"training": 3, "validation": 2})
+    assert rehearsal.draw_masks(profile) == 5
+    for split, n in (("train", 3), ("test", 2)):
+        ds = open_masked(profile, types.SimpleNamespace(image_size=224, grid=14), split)
+        assert len(ds) == n and ds[0].image.shape == (224, 224, 3)
+    number = int(ds.entries[0].path.stem.split("_")[1])
+    drawn, found = draw_scene("nouns", 1, number), ds.scene(0)
+    for kind in ("noun", "background"):
+        for name in {CONCEPTS[kind][c] for c in np.unique(drawn.maps[KINDS.index(kind)]) if c >= 0}:
+            whole = drawn.mask(kind, name).repeat(4, 0).repeat(4, 1)
+            seen = found.mask("noun", name)[:, :]
+            wanted = np.asarray(Image.fromarray(whole).resize((224, 224), Image.Resampling.NEAREST))
+            hidden = np.zeros_like(seen) if kind == "noun" else wanted & (found.plane < len(CONCEPTS["noun"]))
+            assert (seen == (wanted & ~hidden)).mean() > 0.97, name
+
+
+def test_rehearsal_has_the_papers_dimensions():
+    small, paper = load_profile("rehearsal"), load_profile("paper")
+    assert check.shape(small) == check.VIT_B16 == check.shape(paper)
+    for name in ("expansion", "l1", "learning_rate", "warmup", "ghost", "b_dec", "tokens"):
+        assert getattr(small.sae, name) == getattr(paper.sae, name)
+    assert small.model.layer == paper.model.layer and small.data.image_size == paper.data.image_size
+    largest = 4 * 197 * 49152 * max(small.sae.batch_images, small.data.batch_images)
+    assert largest <= 155e6  # bytes, as the profile states
+
+
+def test_rehearsal_reports_times_and_projects_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "ROOT", tmp_path)
+    small, paper = load_profile("rehearsal"), load_profile("paper")
+    (tmp_path / "build" / "rehearsal").mkdir(parents=True)
+    for name in check.costs(small):
+        took = {"seconds": 100, "peak_bytes": 2e9, "processor_seconds": 150}
+        (tmp_path / "build" / "rehearsal" / f"{name}.json").write_text(json.dumps(took))
+    text, n = rehearsal.report(small, paper), len(check.costs(small))
+    assert len(text.splitlines()) == 2 + n and text.count("2.0") >= n
+    last = text.splitlines()[-1].split()
+    assert last[:4] == ["all", str(100 * n), str(150 * n), "2.0"] and "nan" not in text
+
+
+def test_published_tables_add_up():
+    """Means that the card states, the harmonic means of MaPLe's table, and the improvement rates of Table 1."""
+    table, maple = (pd.read_csv(ROOT / "data" / f"published_{name}.csv") for name in ("table1", "maple"))
+    means = table.groupby("half")[["accuracy_clip", "accuracy_maple"]].mean().round(2)
+    assert means.loc["base"].tolist() == [63.20, 75.75] and means.loc["novel"].tolist() == [69.40, 69.53]
+    own = maple.groupby("method")[["base", "novel"]].mean()
+    assert own.loc["MaPLe"].round(2).tolist() == [82.28, 75.14] and abs(own.loc["CLIP"] - [69.34, 74.22]).max() < 0.01
+    harmonic = 2 * maple["base"] * maple["novel"] / (maple["base"] + maple["novel"])
+    assert (harmonic - maple["harmonic_mean"]).abs().max() < 0.007
+    base = table[table["half"] == "base"]
+    rate = 100 * (base["accuracy_maple"] - base["accuracy_clip"]) / (100 - base["accuracy_clip"])
+    assert (rate - base["improvement_rate"]).abs().max() < 0.01
+    assert set(table["task"]) == set(maple["task"]) and len(table) == 22 and len(maple) == 44

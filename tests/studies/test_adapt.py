@@ -1,0 +1,173 @@
+"""Adapting to a task: few shots, schedules, what each method may change, and that what is kept comes back."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIDE, one_sentence
+from test_maple import CLASSES
+
+from patchsae import ArrayDataset, load_profile
+from patchsae.config import MethodSettings
+from patchsae.studies import adapt
+from patchsae.studies.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, few_shots, halves, unadapted
+
+
+@pytest.fixture
+def task_data():
+    """30 preprocessed images of five classes; each class is brighter in a row of its own, so that it can be learned."""
+    numbers = torch.Generator().manual_seed(4)
+    labels = np.arange(30) % 5
+    pixels = 0.3 * torch.randn(30, 3, SIDE, SIDE, generator=numbers)
+    for pixel, label in zip(pixels, labels):
+        pixel[:, 3 * label:3 * label + 3] += 2
+    return ArrayDataset(pixels, labels, class_names=("cat", "dog", "pig", "owl", "duck"))
+
+
+@pytest.fixture
+def quick(profile, tmp_path, monkeypatch):
+    """The tiny profile with few and large training steps, writing elsewhere."""
+    method = MethodSettings(learning_rate=0.05, epochs=4, least_steps=0, batch_images=4)
+    settings = dataclasses.replace(profile.adaptation, tasks=("nouns",), shots=4, seeds=(1,))
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
+    return dataclasses.replace(profile, adaptation=settings, maple=method, coop=method, lora=method,
+                               fine_tuning=dataclasses.replace(method, learning_rate=1e-3))
+
+
+def test_halves_cover_all_classes_and_the_base_half_is_the_larger(task_data):
+    assert halves(task_data) == {"base": range(3), "novel": range(3, 5)}
+
+
+def test_few_shots_are_drawn_as_coop_draws_them(task_data):
+    shots = few_shots(task_data, range(3), shots=2, seed=7)
+    stream, expected = random.Random(7), []
+    for label in range(5):  # all classes are drawn from the stream, then those that are not base are dropped
+        drawn = stream.sample([i for i in range(30) if i % 5 == label], 2)
+        expected += drawn if label < 3 else []
+    assert shots.rows.tolist() == expected and shots.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(few_shots(task_data, range(5), shots=99, seed=0)) == 30
+    assert few_shots(task_data, range(3), 2, 8).rows.tolist() != expected
+
+
+def test_a_subset_keeps_ids_and_relabels(task_data):
+    part = few_shots(task_data, range(3, 5), shots=2, seed=1)
+    assert part.class_names == ("owl", "duck") and set(part.labels) == {0, 1}
+    for i in range(len(part)):
+        item, whole = part[i], task_data[int(part.rows[i])]
+        assert item.id == whole.id and item.label == whole.label - 3
+
+
+def test_rates_of_the_published_schedule():
+    rates = [adapt.WARM_UP_RATE, *adapt._cosine(0.0035, 5)[:-1]]
+    assert np.allclose(rates, [1e-5, 3.5e-3, 3.16578e-3, 2.29078e-3, 1.20922e-3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("images, epochs", [(80, 5), (8000, 5), (3, 20), (16, 5)])
+def test_small_sets_get_more_epochs(images, epochs):
+    assert MethodSettings(0.1, 5, 20, 4).epochs_of(images) == max(5, -(-20 // max(1, images // 4))) >= epochs
+
+
+def test_batches_use_every_image_once_and_drop_the_rest():
+    found = adapt._batches(11, 4, np.random.default_rng(0))
+    assert [len(b) for b in found] == [4, 4] and len(set(np.concatenate(found))) == 8
+    assert [len(b) for b in adapt._batches(3, 4, np.random.default_rng(0))] == [3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_its_few_shots_and_leaves_clip_alone(clip, quick, task_data, method):
+    before = clip.fingerprint()
+    model = adapt.adapt(quick, clip, "nouns", method, 1, task_data)
+    assert clip.fingerprint() == before
+    shots = few_shots(task_data, range(3), 4, 1)
+
+    def loss(m):
+        logits = m.tower.logits(adapt.image_embeddings(m.tower, shots), m.text(shots.class_names))
+        return torch.nn.functional.cross_entropy(logits, torch.from_numpy(shots.labels)).item()
+
+    start = (adapt.as_adapted(adapt.new_prompts(quick, clip, shots.class_names, method, 1))
+             if method in ("maple", "coop") else unadapted(load_profile("mini"), clip, "nouns"))
+    assert loss(model) < loss(start)
+    changes_tower = not torch.equal(model.tower.below(shots.ds.pixels, 1)[:, :clip.n_tokens],
+                                    clip.below(shots.ds.pixels, 1))
+    assert changes_tower == (method in ("maple", "lora", "fine-tuning"))
+    if method in ("lora", "fine-tuning"):
+        assert not any("lora" in name for name, _ in model.tower.model.named_parameters())
+        assert torch.equal(model.text(CLASSES), unadapted(load_profile("mini"), clip, "nouns").text(CLASSES))
+    if method == "linear probe":
+        assert torch.equal(model.text(["owl"]), unadapted(load_profile("mini"), clip, "nouns").text(["owl"]))
+        assert not torch.equal(model.text(["cat"]), unadapted(load_profile("mini"), clip, "nouns").text(["cat"]))
+
+
+@pytest.mark.parametrize("method", ["maple", "lora", "fine-tuning"])
+def test_training_is_a_function_of_its_seed(clip, quick, task_data, method):
+    first, again, other = (adapt.adapt(quick, clip, "nouns", method, seed, task_data) for seed in (1, 1, 2))
+    assert first.tower.fingerprint() == again.tower.fingerprint() != other.tower.fingerprint()
+
+
+def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
+    kept, pixels, wrap = {}, task_data.pixels[:2], adapt.get_peft_model
+
+    def watched(*arguments):
+        lora = wrap(*arguments)
+        merge = lora.merge_and_unload
+
+        def merged():
+            kept["before"] = lora(pixel_values=pixels).pooler_output
+            return merge()
+
+        lora.merge_and_unload = merged
+        return lora
+
+    monkeypatch.setattr(adapt, "get_peft_model", watched)
+    tower = adapt.adapt(quick, clip, "nouns", "lora", 1, task_data).tower
+    after = tower.model.vision_model(pixel_values=pixels).pooler_output
+    assert torch.allclose(after, kept["before"], atol=1e-4)
+    assert not torch.allclose(after, clip.model.vision_model(pixel_values=pixels).pooler_output, atol=1e-2)
+    assert tower.model.state_dict().keys() == clip.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["maple", "coop", "lora", "fine-tuning"])
+def test_an_adapted_model_is_kept_and_read_again(clip, quick, task_data, method, monkeypatch):
+    first = adapted_model(quick, clip, "nouns", method, 1, task_data)
+    monkeypatch.setattr(adapt, "adapt", lambda *a, **k: pytest.fail("trained again"))
+    again = adapted_model(quick, clip, "nouns", method, 1, task_data)
+    x = task_data.pixels[:3]
+    assert torch.equal(first.tower.below(x, 2), again.tower.below(x, 2))
+    assert torch.allclose(first.text(CLASSES), again.text(CLASSES), atol=1e-6)
+
+
+def test_keys_tell_settings_apart(clip, quick, task_data):
+    key = adaptation_key(quick, clip, "nouns", "maple", 1, task_data)
+    slower = dataclasses.replace(quick, maple=dataclasses.replace(quick.maple, epochs=9))
+    more = dataclasses.replace(quick, adaptation=dataclasses.replace(quick.adaptation, seeds=(1, 2, 3)))
+    assert adaptation_key(more, clip, "nouns", "maple", 1, task_data) == key
+    others = {adaptation_key(slower, clip, "nouns", "maple", 1, task_data),
+              adaptation_key(quick, clip, "nouns", "maple", 2, task_data),
+              adaptation_key(quick, clip, "nouns", "coop", 1, task_data),
+              adaptation_key(quick, clip, "nouns", "maple", 1, task_data, "all"),
+              adaptation_key(quick, clip, "nouns", UNTRAINED, 1, task_data)}
+    assert len(others) == 5 and key not in others
+
+
+def test_augmented_images_have_the_models_size_and_follow_the_generator(clip, image_data):
+    first, again = (adapt.augmented(clip, image_data, range(4), np.random.default_rng(3)) for _ in range(2))
+    assert first.shape == (4, 3, SIDE, SIDE) and torch.equal(first, again)
+    assert not torch.equal(first, adapt.augmented(clip, image_data, range(4), np.random.default_rng(4)))
+
+
+def test_crops_lie_inside_and_have_the_published_areas():
+    rng = np.random.default_rng(0)
+    boxes = np.array([adapt._crop(200, 120, rng) for _ in range(500)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area, ratio = width * height / (200 * 120), width / height
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 200 and boxes[:, 3].max() <= 120
+    assert 0.07 < area.min() and area.max() <= 1
+    assert 0.7 < ratio.min() and ratio.max() < 1.7  # the whole image where nothing fits
+
+
+def test_an_unknown_method_is_one_sentence(clip, quick, task_data):
+    with pytest.raises(ValueError, match="prefix") as error:
+        adapt.adapt(quick, clip, "nouns", "prefix", 1, task_data)
+    assert one_sentence(error.value)

@@ -1,0 +1,286 @@
+"""Before and after: swaps, groups, rates, masking by either side, readouts; known extremes and slow twins."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import LAYER, SIDE, one_sentence, random_sae
+
+from patchsae import ArrayDataset, load_profile
+from patchsae.ablation import topk_masking
+from patchsae.latents import collect_latents
+from patchsae.maple import new_maple
+from patchsae.studies import adaptation, remapping
+from patchsae.studies.adapt import Adapted, adapted_model, as_adapted, unadapted
+from patchsae.world.dataset import SceneDataset
+
+NAMES = ("cat", "dog", "pig", "owl", "duck")
+
+
+@pytest.fixture
+def models(clip):
+    """Plain CLIP, and the same with prompts that change what it says."""
+    model = new_maple(clip, NAMES, n=2, depth=3, vision=True, seed=1)
+    with torch.no_grad():
+        for parameter in model.prompts.parameters():
+            parameter += 0.8 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    return unadapted(load_profile("mini"), clip, "nouns"), as_adapted(model)
+
+
+@pytest.fixture
+def few(pixel_data):
+    return ArrayDataset(pixel_data.pixels, pixel_data.labels, class_names=NAMES)
+
+
+# Accuracies ---------------------------------------------------------------------------------------------
+
+def test_swaps_take_the_tower_of_one_and_the_text_of_the_other(models, few):
+    before, after = models
+    found = adaptation.swap_hits(before, after, few)
+    for image, tower in (("clip", before.tower), ("adapted", after.tower)):
+        for words, text in (("clip", before.text(NAMES)), ("adapted", after.text(NAMES))):
+            for i in range(len(few)):
+                embedding = tower.above(tower.below(few.pixels[i:i + 1], LAYER), LAYER)[0]
+                cosine = torch.nn.functional.cosine_similarity(embedding[None], text)
+                assert found[image, words][i] == (int(cosine.argmax()) == few.labels[i])
+    table = adaptation.swap_table(before, after, few)
+    assert len(table) == 4 and (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+    assert (adaptation.swap_table(before, before, few)["accuracy"].nunique()) == 1
+    known = adaptation.image_embeddings(before.tower, few)
+    pd.testing.assert_frame_equal(adaptation.swap_table(before, after, few, known), table)
+    assert not adaptation.swap_table(before, after, few, known.flip(0)).equals(table)  # they are what is used
+
+
+def test_parts_of_a_gain_add_up():
+    sides = [("clip", "clip"), ("adapted", "clip"), ("clip", "adapted"), ("adapted", "adapted")]
+    table = pd.DataFrame(sides, columns=["image", "text"]).assign(accuracy=[0.4, 0.45, 0.6, 0.9])
+    parts = adaptation.gain_parts(table)
+    assert np.allclose(parts[["gain", "image", "text", "interaction"]], [0.5, 0.05, 0.2, 0.25])
+    assert np.isclose(parts["gain"], parts[["image", "text", "interaction"]].sum())
+
+
+def test_rates_and_means_at_their_known_values():
+    assert np.allclose(adaptation.harmonic_mean([0.6948, 0, 1], [0.7422, 0, 1]), [0.71772, 0, 1], atol=1e-4)
+    # Table 1 of the paper: StanfordCars 53.45 to 56.16 is 5.82 %, EuroSAT 42.61 to 73.07 is 53.08 %.
+    assert np.allclose(100 * adaptation.improvement_rate([0.5345, 0.4261], [0.5616, 0.7307]), [5.82, 53.08], atol=0.01)
+    assert np.isnan(adaptation.improvement_rate([1.0], [1.0])).all()
+    assert adaptation.interval(np.array([True, False, True, True]))["accuracy"] == 0.75
+    assert adaptation.interval(np.ones(10, bool))["high"] == 1 > adaptation.interval(np.ones(10, bool))["low"] > 0.6
+
+
+def test_means_over_seeds_have_t_intervals():
+    table = pd.DataFrame({"half": "base", "method": ["a"] * 6 + ["b"], "seed": [1, 1, 2, 2, 3, 3, 0],
+                          "accuracy": [0.2, 0.4, 0.3, 0.5, 0.4, 0.6, 0.7]})
+    rows = adaptation.seed_means(table, ["half", "method"]).set_index("method")
+    assert np.isclose(rows.loc["a", "accuracy"], 0.4) and rows.loc["a", "seeds"] == 3
+    assert np.isclose(rows.loc["a", "high"] - 0.4, 4.302653 * 0.1 / 3**0.5, atol=1e-6)
+    assert rows.loc["b", "low"] == rows.loc["b", "high"] == 0.7
+
+
+def test_main_table_has_zero_shot_once_and_both_halves():
+    rows = [{"task": task, "half": half, "method": method, "seed": seed, "image": image, "text": text, "n": 4,
+             "accuracy": 0.5, "low": 0.4, "high": 0.6}
+            for task in ("x", "y") for half in ("base", "novel") for method in ("maple", "coop") for seed in (1, 2)
+            for image in ("clip", "adapted") for text in ("clip", "adapted")]
+    table = adaptation.main_table(pd.DataFrame(rows))
+    assert list(table.columns) == ["task", "half", "method", "seed", "accuracy", "low", "high"]
+    assert (table["method"] == "zero-shot").sum() == 4 and len(table) == 4 + 16
+
+
+# Latents ------------------------------------------------------------------------------------------------
+
+def slow_group(before, after, upper, lower):
+    """The rule, latent by latent."""
+    names = np.full(before.shape, "", dtype=object)
+    for c in range(len(before)):
+        places = []
+        for counts in (before[c], after[c]):
+            order = sorted(range(len(counts)), key=lambda s: (-counts[s], s))
+            places.append({s: order.index(s) + 1 if counts[s] > 0 else len(counts) for s in range(len(counts))})
+        for s in range(before.shape[1]):
+            a, b = places[0][s], places[1][s]
+            if a <= upper and b <= upper:
+                names[c, s] = "high"
+            elif a <= upper and b > lower:
+                names[c, s] = "high to low"
+            elif a > lower and b <= upper:
+                names[c, s] = "low to high"
+    return names
+
+
+def test_groups_follow_the_rule():
+    rng = np.random.default_rng(0)
+    before, after = rng.poisson(0.8, (2, 6, 40))
+    names = slow_group(before, after, 5, 20)
+    found = adaptation.groups(torch.from_numpy(before), torch.from_numpy(after), 5, 20)
+    for name, members in found.items():
+        assert np.array_equal(members.numpy(), names == name) and members.any()
+
+
+def test_groups_at_their_extremes():
+    counts = torch.arange(30).flip(0).repeat(3, 1) + 1
+    same = adaptation.groups(counts, counts, 4, 10)
+    assert same["high"].sum(1).tolist() == [4, 4, 4] and not same["high to low"].any() | same["low to high"].any()
+    swapped = adaptation.groups(counts, counts.flip(1), 4, 10)
+    assert not swapped["high"].any()
+    assert swapped["high to low"].sum() == swapped["low to high"].sum() == 12
+    silent = adaptation.groups(torch.zeros(3, 30, dtype=torch.long), counts, 4, 10)
+    assert silent["low to high"].sum() == 12 and not silent["high"].any()
+    with pytest.raises(ValueError, match="Ranks 12 and 10") as error:
+        adaptation.groups(counts, counts, 12, 10)
+    assert one_sentence(error.value)
+    table = adaptation.group_sizes(counts, counts, [4, 12], [10, 20, 99])
+    assert set(zip(table["upper"], table["lower"])) == {(4, 10), (4, 20), (12, 20)}
+    assert table[(table["group"] == "high") & (table["upper"] == 4)]["mean"].eq(4).all()
+
+
+def test_correlations_at_their_extremes():
+    counts = torch.tensor([1, 5, 30, 200, 0])
+    assert all(np.isclose(v, 1) for v in adaptation.correlations(counts, counts).values())
+    assert np.isclose(adaptation.correlations(counts, -counts + 200)["spearman"], -1)
+
+
+def test_prompt_tokens_count_only_when_they_are_asked_for(models, few):
+    tower, sae = models[1].tower, random_sae(bias=0.4)
+    alone, mixed = (collect_latents(tower, sae, few, LAYER, n_reference=3, tokens=tokens)
+                    for tokens in ("all", "all and prompts"))
+    h = sae.encode(tower.below(few.pixels, LAYER))
+    assert torch.equal(alone.class_counts.sum(0), (h[:, :tower.n_tokens] > 0.2).sum((0, 1)))
+    assert torch.equal(mixed.class_counts.sum(0), (h > 0.2).sum((0, 1)))
+    assert (mixed.class_counts != alone.class_counts).any()
+
+
+def test_masking_leaves_prompt_tokens_as_they_are(models, few):
+    tower, sae = models[1].tower, random_sae(bias=0.4)
+    ranking = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(c)) for c in range(5)])
+    rows = topk_masking(tower, sae, few, None, models[1].text(NAMES), LAYER, [3, "all"], ranking=ranking,
+                        per_image=True)
+    for i in range(4):
+        z = tower.below(few.pixels[i:i + 1], LAYER)
+        image, prompts = z[:, :tower.n_tokens], z[:, tower.n_tokens:]
+        h = sae.encode(image)
+        h[..., ranking[few.labels[i], :3]] = 0
+        whole = torch.cat([sae.decode(h), prompts], 1)
+        logits = tower.logits(tower.above(whole, LAYER), models[1].text(NAMES))[0].detach()
+        mine = rows[(rows["id"] == few[i].id) & (rows["mode"] == "off") & (rows["k"] == 3)]["logits"].item()
+        assert np.abs(mine - logits.numpy()).max() < 1e-4
+
+
+def test_masking_grid_selects_by_one_side_and_classifies_by_the_other(models, few):
+    before, after = models
+    sae = random_sae(bias=0.4)
+    counts = {side: collect_latents(m.tower, sae, few, LAYER, n_reference=3).class_counts
+              for side, m in zip(adaptation.SIDES, models)}
+    table = adaptation.masking_grid(before, after, sae, counts, few, LAYER, [2, "all"])
+    assert len(table) == 4 * 6
+    lat = collect_latents(before.tower, sae, few, LAYER, n_reference=3)
+    direct = topk_masking(before.tower, sae, few, lat, before.text(NAMES), LAYER, [2, "all"])
+    own = table[(table["selects"] == "clip") & (table["classifies"] == "clip")].set_index(["mode", "k"])["accuracy"]
+    summed = direct.groupby(["mode", "k"])[["correct", "n"]].sum()
+    assert np.allclose(own.sort_index(), (summed["correct"] / summed["n"]).sort_index())
+    whole = table[table["mode"] == "original"].groupby("classifies")["accuracy"].nunique()
+    assert whole.eq(1).all()  # who selects cannot matter where nothing is masked
+
+
+# What can be read ---------------------------------------------------------------------------------------
+
+def test_a_readout_reads_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    told = torch.from_numpy(np.eye(4)[labels] + 0.1 * rng.normal(size=(400, 4))).float()
+    noise = torch.from_numpy(rng.normal(size=(400, 6))).float()
+    constant = torch.ones(400, 2)
+    x = torch.cat([noise, told, constant], 1)
+    assert (remapping.readout(x[:200], labels[:200], x[200:]).argmax(1).numpy() == labels[200:]).mean() > 0.99
+    guess = (remapping.readout(noise[:200], labels[:200], noise[200:]).argmax(1).numpy() == labels[200:]).mean()
+    assert guess < 0.4
+    shifted = remapping.readout(5 * x[:200] - 3, labels[:200], 5 * x[200:] - 3)
+    assert torch.allclose(shifted, remapping.readout(x[:200], labels[:200], x[200:]), atol=1e-2)
+
+
+def test_image_latents_leave_prompts_out(models, few):
+    tower, sae = models[1].tower, random_sae(bias=0.4)
+    means, counts = remapping.image_latents(tower, sae, few, LAYER, 0.3)
+    h = sae.encode(tower.below(few.pixels, LAYER)[:, :tower.n_tokens]).mean(1)
+    assert torch.allclose(means, h, atol=1e-6)
+    assert torch.equal(counts, collect_latents(tower, sae, few, LAYER, 0.3, n_reference=3).class_counts)
+
+
+@pytest.mark.parametrize("values, share", [((0.2, 0.8, 0.8), 1), ((0.2, 0.8, 1.0), 1), ((0.2, 0.8, 0.5), 0.5),
+                                           ((0.2, 0.8, 0.1), 0), ((0.5, 0.5, 0.9), float("nan"))])
+def test_remapped_share_at_its_known_values(values, share):
+    assert np.isclose(remapping.remapped_share(*values), share, equal_nan=True)
+
+
+def test_concepts_that_are_in_the_latents_are_read(monkeypatch):
+    train, test = SceneDataset("nouns", "train", 40), SceneDataset("nouns", "test", 40)
+    kinds = ("background", "style")
+
+    def patches(tower, sae, ds, layer, kinds, n_images):
+        shown = remapping.patch_concepts(ds, range(n_images), kinds).reshape(-1, 12)
+        return torch.from_numpy(shown.astype(np.float32)), shown
+
+    monkeypatch.setattr(remapping, "_patches", patches)
+    table = remapping.concept_readout(None, None, train, test, 0, kinds, n_images=40)
+    seen = table[table["share"] > 0]
+    assert set(table["kind"]) == set(kinds) and seen["ap"].min() > 0.95
+    monkeypatch.setattr(remapping, "_patches", lambda *a: (torch.randn(2560, 5), patches(*a)[1]))
+    noise = remapping.concept_readout(None, None, train, test, 0, kinds, n_images=40)
+    assert (noise["ap"] - noise["share"]).abs().max() < 0.15  # chance is the share
+
+
+def test_a_concept_map_shows_what_presence_does():
+    test = SceneDataset("textures", "test", 60)
+    shown = remapping.patch_concepts(test, range(60), ("texture",)).any(1)
+
+    class Tower:
+        def logits(self, embeddings, text):
+            return embeddings
+
+    def embeddings(tower, ds):
+        return torch.from_numpy(3.0 * shown.astype(float))
+
+    original = remapping.image_embeddings
+    remapping.image_embeddings = embeddings
+    try:
+        table = remapping.concept_map(Adapted(Tower(), lambda names: None), test, ("texture",))
+    finally:
+        remapping.image_embeddings = original
+    assert table.shape == (10, 10) and list(table.columns) == list(test.class_names)
+    values = table.to_numpy()
+    assert values.diagonal().min() > values[~np.eye(10, dtype=bool)].max()
+
+
+# Tables -------------------------------------------------------------------------------------------------
+
+def test_a_table_is_filled_once_and_again_only_where_settings_changed(clip, profile, few, tmp_path, monkeypatch):
+    from patchsae.studies import adaptation_sweep as sweep
+
+    profile = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, tasks=("a", "b")))
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "open_dataset", lambda *a: few)
+    asked = []
+
+    def rows(*group):
+        asked.append(group)
+        return pd.DataFrame({"value": [len(asked)]})
+
+    wanted = [("a", "maple", 1), ("b", "maple", 1)]
+    first = sweep.filled_table(profile, clip, "some", wanted, rows)
+    assert asked == wanted and first["value"].tolist() == [1, 2]
+    again = sweep.filled_table(profile, clip, "some", [*wanted, ("b", "coop", 1)], rows)
+    assert len(asked) == 3 and again["value"].tolist() == [1, 2, 3]
+    changed = dataclasses.replace(profile, maple=dataclasses.replace(profile.maple, epochs=99))
+    table = sweep.filled_table(changed, clip, "some", wanted, rows)
+    assert len(asked) == 5 and table["value"].tolist() == [4, 5]
+
+
+def test_control_prompts_are_those_that_training_starts_from(clip, profile, few):
+    from patchsae.studies.adapt import UNTRAINED, new_prompts
+    profile = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, depth=2))
+    control = adapted_model(profile, clip, "nouns", UNTRAINED, 3, few)
+    start = new_prompts(profile, clip, NAMES, "maple", 3)
+    assert control.tower.fingerprint() == start.fingerprint()
+    assert control.tower.below(torch.zeros(1, 3, SIDE, SIDE), 2).shape[1] == clip.n_tokens + 2

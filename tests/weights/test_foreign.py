@@ -1,0 +1,323 @@
+"""Foreign checkpoints: read alike in every format of torch, and nothing in them ever runs."""
+
+import argparse
+import builtins
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_sentence
+
+from patchsae.weights.foreign import read_foreign
+from patchsae.weights.pickles import Name, Record
+
+RAN = []
+
+
+class Config:
+    """A settings object of a module that the reader does not have."""
+
+    def __setstate__(self, state):
+        RAN.append(state)
+        self.__dict__.update(state)
+
+
+class Calls:
+    """An object whose pickle is a call."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.parts
+
+    def __call__(self):
+        """Only what can be called may be the function of a call."""
+
+
+@pytest.fixture
+def foreign_config(monkeypatch):
+    """An instance whose class can be imported while it is written, and not when it is read."""
+    module = types.ModuleType("sae_training.config")
+    monkeypatch.setitem(sys.modules, "sae_training", types.ModuleType("sae_training"))
+    monkeypatch.setitem(sys.modules, "sae_training.config", module)
+    monkeypatch.setattr(Config, "__module__", module.__name__)
+    module.Config = Config
+    config = Config()
+    config.lr, config.device, config.dtype, config.sizes = 4e-4, torch.device("cuda"), torch.float32, (1, 2)
+    config.others = argparse.Namespace(seed=3)
+    return config
+
+
+def weights() -> dict:
+    """Tensors of many types and layouts."""
+    tensors = torch.nn.Linear(4, 3).half().state_dict()
+    tensors["transposed"] = torch.arange(12.0).view(3, 4).t()[1:]
+    tensors["shared"] = tensors["transposed"][:, 1:]
+    tensors["parameter"] = torch.nn.Parameter(torch.randn(2, 3))
+    tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.empty(0, 3)
+    for dtype in (torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64):
+        tensors[str(dtype)] = torch.ones(3).to(dtype)
+    return tensors
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal in every bit, shape and type."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_everything_torch_writes_is_read(tmp_path, foreign_config, zipped, protocol):
+    tensors = weights()
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()
+    scheduler = {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5), "last_epoch": 3}
+    plain = {"none": None, "bytes": b"abc", "set": {1, 2}, "large": 2**80, "list": [1, [2, {}]], "text": "\u00e9\n"}
+    content = {"state_dict": tensors, "cfg": foreign_config, "scheduler": scheduler, "plain": plain,
+               "optimizer": optimizer.state_dict(), "number": np.float32(2)}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    RAN.clear()
+    found = read_foreign(tmp_path / "a.pt")
+    assert list(found["state_dict"]) == list(tensors)
+    assert all(same(found["state_dict"][name], tensor) for name, tensor in tensors.items())
+    assert found["plain"] == plain and found["scheduler"]["last_epoch"] == 3
+    live = found["scheduler"]["successor"]
+    assert isinstance(live, Record) and live.fields["T_max"] == 5 and live.fields["optimizer"].kind.endswith("SGD")
+    momentum = found["optimizer"]["state"][0]["momentum_buffer"]
+    assert same(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
+    config = found["cfg"]
+    assert config.kind == "sae_training.config.Config" and not RAN
+    assert config.fields["lr"] == 4e-4 and config.fields["dtype"] == Name("torch.float32")
+    assert config.fields["device"].arguments == ("cuda",) and config.fields["others"].fields == {"seed": 3}
+
+
+class WarmUp:
+    """A scheduler of a package that the reader does not have, with live objects in it."""
+
+
+@pytest.mark.parametrize("depth, keys", [(9, 330), (3, 312)])
+def test_official_maple_checkpoint(tmp_path, monkeypatch, depth, keys):
+    """``model.pth.tar-N``: the whole model in half and single precision, an optimiser, and a live scheduler."""
+    half, single = ({"dtype": torch.float16}, {"dtype": torch.float32})
+    w = {"logit_scale": torch.tensor(4.6)}
+    w |= {f"prompt_learner.{name}": torch.randn(*shape, **half) for name, shape in {
+        "ctx": (2, 8), "token_prefix": (3, 1, 8), "token_suffix": (3, 74, 8), "proj.weight": (12, 8), "proj.bias": (12,)
+    }.items()}
+    for k in range(depth - 1):
+        before = "prompt_learner.compound_prompt"
+        w |= {f"{before}s_text.{k}": torch.randn(2, 8), f"{before}_projections.{k}.weight": torch.randn(12, 8),
+              f"{before}_projections.{k}.bias": torch.randn(12)}
+    for side, width in (("image_encoder", 12), ("text_encoder", 8)):
+        w[f"{side}.positional_embedding"] = torch.randn(5, width, **single)
+        for i in range(12):
+            block = f"{side}.transformer.resblocks.{i}."
+            w |= {block + name: torch.randn(*shape, **half) for name, shape in {
+                "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+                "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+                "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+                "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}.items()}
+            w |= {f"{block}ln_{k}.{part}": torch.randn(width) for k in (1, 2) for part in ("weight", "bias")}
+    w |= {f"image_encoder.{name}": torch.randn(12) for name in (
+        "class_embedding", "ln_pre.weight", "ln_pre.bias", "ln_post.weight", "ln_post.bias")}
+    w |= {"image_encoder.conv1.weight": torch.randn(12, 3, 4, 4, **half),
+          "image_encoder.proj": torch.randn(12, 8, **half),
+          "text_encoder.text_projection": torch.randn(8, 8, **half), "text_encoder.ln_final.weight": torch.randn(8),
+          "text_encoder.ln_final.bias": torch.randn(8)}
+    assert len(w) == keys
+    module = types.ModuleType("dassl_optim_lr_scheduler")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(WarmUp, "__module__", module.__name__)
+    module.WarmUp = WarmUp
+    optimizer, scheduler = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.0035, momentum=0.9), WarmUp()
+    scheduler.successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    content = {"state_dict": w, "epoch": 5, "optimizer": optimizer.state_dict(), "val_result": None,
+               "scheduler": {"successor": scheduler.successor, "own": scheduler, "last_epoch": 5}}
+    torch.save(content, tmp_path / "model.pth.tar-5")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    found = read_foreign(tmp_path / "model.pth.tar-5")
+    assert found["epoch"] == 5 and found["val_result"] is None and len(found["state_dict"]) == keys
+    assert all(same(found["state_dict"][name], tensor) for name, tensor in w.items())
+    assert isinstance(found["scheduler"]["own"], Record) and found["scheduler"]["successor"].fields["T_max"] == 5
+
+
+def test_scripted_module_is_read_as_its_attributes(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).half()
+    torch.jit.script(module).save(tmp_path / "a.pt")
+    found = read_foreign(tmp_path / "a.pt")
+    assert same(found["0"].fields["weight"], module[0].weight) and same(found["1"].fields["bias"], module[1].bias)
+
+
+# Hostile files
+
+def hostile(path) -> dict:
+    """Objects whose pickles would do something, by name; all would create ``path``."""
+    command = f"touch {path}"
+    opened = Calls(builtins.open, str(path), "w")
+    return {
+        "system": Calls(os.system, command),
+        "eval": Calls(builtins.eval, f"open({str(path)!r}, 'w')"),
+        "exec": Calls(builtins.exec, f"open({str(path)!r}, 'w')"),
+        "open": opened,
+        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
+        "nested": Calls(Calls(getattr, Calls(__import__, "os"), "system"), command),
+        "inside a list": [[[Calls(os.system, command)]]],
+        "as a key": {Calls(os.system, command): 1},
+        "with state": Calls(os.system, command, state={"a": 1}),
+        "popen": Calls(__import__("subprocess").Popen, ["touch", str(path)]),
+        "torch.load": Calls(torch.load, str(path)),
+        "numpy": Calls(np.load, str(path)),
+        "partial": Calls(__import__("functools").partial, os.system, command),
+    }
+
+
+@pytest.mark.parametrize("name", hostile("x"))
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "alone"])
+def test_calls_are_refused_and_none_runs(tmp_path, name, zipped, beside):
+    content = hostile(tmp_path / "trace")[name]
+    content = {"state_dict": weights(), "cfg": content} if beside else content
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError) as error:
+        read_foreign(tmp_path / "a.pt")
+    assert one_sentence(error.value) and not (tmp_path / "trace").exists()
+
+
+def test_hostile_class_of_the_right_name_stays_inert(tmp_path, monkeypatch):
+    """The class can be imported here, and its ``__setstate__`` would run; it is not imported."""
+    config = Config()
+    config.lr = 1
+    torch.save({"cfg": config}, tmp_path / "a.pt")
+    RAN.clear()
+    assert read_foreign(tmp_path / "a.pt")["cfg"].fields == {"lr": 1}
+    assert not RAN
+
+
+def zip_with(path, pickled: bytes, members=None, name="archive/data.pkl", compress=zipfile.ZIP_STORED) -> Path:
+    """A zip file around hand-written pickle code."""
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        archive.writestr(name, pickled)
+        for member, content in (members or {}).items():
+            archive.writestr(member, content)
+    return path
+
+
+#: Pickle code for ``{"w": <tensor>}``: its numbers of values, offset, shape and stride follow.
+def tensor_code(numel, offset, size, stride, key="0", dtype="FloatStorage"):
+    """A pickle of a dict with one tensor."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, 2)
+    storage = type("Storage", (), {})()
+    pickler.persistent_id = lambda x: ("storage", getattr(torch, dtype), key, "cpu", numel) if x is storage else None
+    pickler.dump({"w": Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})})
+    return buffer.getvalue()
+
+
+def test_hand_written_tensor_is_read(tmp_path):
+    values = np.arange(6, dtype=np.float32)
+    path = zip_with(tmp_path / "a.pt", tensor_code(6, 0, (2, 3), (3, 1)), {"archive/data/0": values.tobytes()})
+    assert same(read_foreign(path)["w"], torch.arange(6.0).view(2, 3))
+
+
+DAMAGE = {
+    "longer than its data": tensor_code(7, 0, (7,), (1,)),
+    "beyond the end": tensor_code(6, 4, (3,), (1,)),
+    "large stride": tensor_code(6, 0, (2, 3), (6, 1)),
+    "negative stride": tensor_code(6, 5, (3,), (-1,)),
+    "expanded without end": tensor_code(6, 0, (10**12,), (0,)),
+    "negative size": tensor_code(-6, 0, (1,), (1,)),
+    "another member": tensor_code(6, 0, (2,), (1,), key="../../secret"),
+    "no member": tensor_code(6, 0, (2,), (1,), key="9"),
+    "shape of text": tensor_code(6, 0, ("a",), (1,)),
+    "empty stack": pickle.PROTO + b"\x02" + b"R" + b".",
+    "no mark": pickle.PROTO + b"\x02" + b"t" + b".",
+    "unknown memo": pickle.PROTO + b"\x02" + b"h\x09" + b".",
+    "extension": pickle.PROTO + b"\x02" + b"\x82\x01" + b".",
+    "unknown instruction": b"\x80\x02\xff.",
+    "unhashable key": b"\x80\x02}]K\x01s.",
+    "a number": b"\x80\x02K\x01.",
+    "nothing": b"",
+    "attributes of a list": b"\x80\x02]}b.",
+    "a million digits": b"\x80\x02I" + b"9" * 10**6 + b"\n.",
+    "keys that take for ever": b"\x80\x02}K\x01" + b"2\x86" * 64 + b"K\x01s.",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_zip_is_one_sentence(tmp_path, name):
+    path = zip_with(tmp_path / "a.pt", DAMAGE[name], {"archive/data/0": bytes(24)})
+    with pytest.raises(ValueError) as error:
+        read_foreign(path)
+    assert one_sentence(error.value) and len(str(error.value)) < 400
+
+
+def test_zip_bombs_and_paths_outside_are_refused(tmp_path):
+    code, values = tensor_code(6, 0, (6,), (1,)), {"archive/data/0": bytes(24)}
+    good = zip_with(tmp_path / "good.pt", code, values).read_bytes()
+    assert read_foreign(tmp_path / "good.pt")["w"].shape == (6,)
+    # The central directory claims a terabyte for the tensor's member.
+    at = good.rindex(b"PK\x01\x02")
+    bomb = bytearray(good)
+    bomb[at + 20:at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
+    (tmp_path / "bomb.pt").write_bytes(bomb)
+    bombs = {
+        "claim": tmp_path / "bomb.pt",
+        "is compressed": zip_with(tmp_path / "b.pt", code, {"archive/data/0": bytes(10**7)}, compress=8),
+        "outside": zip_with(tmp_path / "c.pt", code, values | {"../outside": b"x"}),
+        "outside its": zip_with(tmp_path / "d.pt", code, values | {"/etc/outside": b"x"}),
+        "data.pkl": zip_with(tmp_path / "e.pt", code, values, name="archive/other.pkl"),
+        "2 members": zip_with(tmp_path / "f.pt", code, values | {"second/data.pkl": code}),
+    }
+    for words, path in bombs.items():
+        with pytest.raises(ValueError, match=words) as error:
+            read_foreign(path)
+        assert one_sentence(error.value)
+    assert not (tmp_path.parent / "outside").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_flipped_and_truncated_files_are_one_sentence_or_a_dict(tmp_path, zipped):
+    """A zip file carries checksums, so there nothing changes unseen; the old format has none."""
+    tensors = weights()
+    torch.save({"state_dict": tensors, "epoch": 5}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    good, numbers, path = (tmp_path / "a.pt").read_bytes(), np.random.default_rng(0), tmp_path / "b.pt"
+    for trial in range(300):
+        damaged = bytearray(good)
+        if trial % 3:
+            for place in numbers.integers(0, len(good), 1 + trial % 5):
+                damaged[place] ^= 1 << int(numbers.integers(8))
+        else:
+            del damaged[int(numbers.integers(len(good))):]
+        path.write_bytes(damaged)
+        try:
+            found = read_foreign(path)
+        except ValueError as error:
+            assert one_sentence(error), error
+            continue
+        if zipped:
+            assert all(same(found["state_dict"][name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x80\x02.", b"{}", bytes(1000)])
+def test_other_files_are_one_sentence(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_foreign(tmp_path / "a.pt")
+    assert one_sentence(error.value)
+
+
+def test_missing_file_is_one_sentence(tmp_path):
+    for path in (tmp_path / "no.pt", tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            read_foreign(path)
+        assert one_sentence(error.value)

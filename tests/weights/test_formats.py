@@ -1,0 +1,291 @@
+"""Autoencoders in every format: round trips, files written by hand as others describe them, and damage."""
+
+import json
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_sentence, random_sae
+from safetensors.torch import load_file, save_file
+
+from patchsae import SparseAutoencoder
+from patchsae.train import train_sae
+from patchsae.weights.formats import NAMES, file_sha256, read_sae, write_official, write_saelens
+
+D, S = 6, 20
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    """Files without a known hash are reported by a warning; the tests of that look for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def as_loaded(sae) -> list:
+    """Bytes of the four tensors."""
+    return [getattr(sae, name).detach().numpy().tobytes() for name in NAMES]
+
+
+def test_round_trips_are_bit_identical(tmp_path):
+    sae = random_sae(D, S)
+    write_official(tmp_path / "official.pt", sae.state_dict())
+    write_saelens(tmp_path / "saelens", sae.state_dict(), "openai/clip-vit-base-patch16", "blocks.10.hook_resid_post")
+    sae.save_pretrained(tmp_path / "ours")
+    for name in ("official.pt", "saelens", "ours"):
+        again = SparseAutoencoder.from_pretrained(tmp_path / name)
+        assert as_loaded(again) == as_loaded(sae)
+        again.save_pretrained(tmp_path / "again")
+        assert as_loaded(SparseAutoencoder.from_pretrained(str(tmp_path / "again"))) == as_loaded(sae)
+
+
+def test_saelens_folder_is_what_saelens_expects(tmp_path):
+    sae = random_sae(D, S)
+    write_saelens(tmp_path, sae.state_dict(), "a model", "a place")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["d_in"], config["d_sae"], config["dtype"]) == ("standard", D, S, "float32")
+    assert config["apply_b_dec_to_input"] and config["metadata"] == {"model_name": "a model", "hook_name": "a place"}
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
+
+
+def test_push_to_hub_is_that_of_the_mixin(tmp_path, monkeypatch):
+    """Everything but the upload itself happens; what would be uploaded is read again."""
+    uploaded = {}
+
+    def upload(self, *, repo_id, folder_path, **_):
+        uploaded.update({p.name: p.read_bytes() for p in folder_path.iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi.create_repo",
+                        lambda self, repo_id, **_: types.SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi.upload_folder", upload)
+    sae = random_sae(D, S)
+    sae.push_to_hub("someone/patchsae")
+    assert set(uploaded) == {"config.json", "sae.safetensors", "README.md"}
+    for name, content in uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    assert as_loaded(SparseAutoencoder.from_pretrained(tmp_path)) == as_loaded(sae)
+
+
+# Formats as described by others, written by hand
+
+def values(dtype=torch.float32) -> dict:
+    """Four tensors and, in float64 from their definition, what they make of three tokens."""
+    numbers = torch.Generator().manual_seed(3)
+    w = {"W_enc": torch.randn(D, S, generator=numbers), "b_enc": torch.randn(S, generator=numbers),
+         "W_dec": torch.randn(S, D, generator=numbers), "b_dec": torch.randn(D, generator=numbers)}
+    w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
+    return {name: tensor.to(dtype) for name, tensor in w.items()}
+
+
+def by_definition(w: dict, z: np.ndarray, centred=True) -> tuple:
+    """Latents and reconstruction of tokens ``[n, D]`` in numpy."""
+    w = {name: tensor.double().numpy() for name, tensor in w.items()}
+    h = np.maximum((z - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"], 0)
+    return h, h @ w["W_dec"] + w["b_dec"]
+
+
+def assert_gives(sae, w, centred=True):
+    """The autoencoder computes what its file says."""
+    z = np.random.default_rng(5).normal(size=(3, D))
+    h, z_hat = by_definition(w, z, centred)
+    with torch.no_grad():
+        found = sae.encode(torch.tensor(z, dtype=torch.float32))
+        np.testing.assert_allclose(found.numpy(), h, atol=1e-5)
+        np.testing.assert_allclose(sae.decode(found).numpy(), z_hat, atol=1e-5)
+
+
+class RunnerConfig:
+    """The settings object inside an official file."""
+
+
+@pytest.mark.parametrize("entry", ["cfg", "config"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_official_file(tmp_path, monkeypatch, entry, dtype):
+    module = types.ModuleType("sae_training_config")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(RunnerConfig, "__module__", module.__name__)
+    module.RunnerConfig = RunnerConfig
+    config, w = RunnerConfig(), values(dtype)
+    config.d_in, config.lr, config.device = D, 4e-4, torch.device("cuda")
+    torch.save({entry: config, "state_dict": w}, tmp_path / "out.pt")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "out.pt")
+    assert {p.dtype for p in sae.parameters()} == {torch.float32}
+    assert_gives(sae, w)
+    assert sae.report["sha256"] == file_sha256(tmp_path / "out.pt") and not sae.report["verified"]
+    assert sae.report["dtype"] == str(dtype) and sae.report["unit_rows"]
+
+
+@pytest.mark.parametrize("inside", ["", "final"])
+@pytest.mark.parametrize("name", ["model.pt", "state_dict.pth", "pytorch_model.bin", "weights.safetensors"])
+@pytest.mark.parametrize("prefix", ["", "sae."])
+def test_fastsae_folder(tmp_path, inside, name, prefix):
+    folder = tmp_path / "run" / inside
+    folder.mkdir(parents=True)
+    w = values()
+    stored = {prefix + key: tensor.contiguous() for key, tensor in w.items()}
+    save_file(stored, folder / name) if name.endswith("safetensors") else torch.save(stored, folder / name)
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    (folder / "history.json").write_text("[1, 2]")
+    (folder / "config.json").write_text(json.dumps({"d_in": D, "activation_name": "relu"}))
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "run"), w)
+
+
+def test_fastsae_decoder_tied_at_the_start_is_read(tmp_path):
+    w = values()
+    w["W_dec"] = w["W_enc"].clone().transpose(0, 1)  # a view with other strides, as that code saves it
+    torch.save(w, tmp_path / "model.pt")
+    sae = SparseAutoencoder.from_pretrained(tmp_path)
+    assert_gives(sae, w)
+    assert not sae.report["unit_rows"] and sae.report["row_norms"][0] < sae.report["row_norms"][1]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_saelens_folder(tmp_path, centred):
+    w = values()
+    save_file(w, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({
+        "architecture": "standard", "d_in": D, "d_sae": S, "dtype": "float32", "device": "cuda",
+        "apply_b_dec_to_input": centred, "normalize_activations": "none", "metadata": {"hook_name": "x"}}))
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path), w, centred)
+
+
+@pytest.mark.parametrize("changes", [
+    {"architecture": "jumprelu"}, {"normalize_activations": "layer_norm"}, {"activation_fn_str": "topk"},
+    {"reshape_activations": "hook_z"}, {"d_sae": S + 1}, {"d_in": None}])
+def test_saelens_folder_with_other_equations_is_refused(tmp_path, changes):
+    write_saelens(tmp_path, random_sae(D, S).state_dict(), "m", "h")
+    config = json.loads((tmp_path / "cfg.json").read_text()) | changes
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        read_sae(tmp_path)
+    assert one_sentence(error.value)
+
+
+def test_plain_mixin_folder(tmp_path):
+    w = values()
+    save_file(w, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"d_model": D, "n_latents": S}))
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path), w)
+
+
+def test_a_file_without_a_known_hash_is_reported(tmp_path):
+    write_official(tmp_path / "a.pt", random_sae(D, S).state_dict())
+    with pytest.warns(UserWarning, match=f"unverified.*{file_sha256(tmp_path / 'a.pt')}"):
+        SparseAutoencoder.from_pretrained(tmp_path / "a.pt")
+    random_sae(D, S).save_pretrained(tmp_path / "ours")
+    assert SparseAutoencoder.from_pretrained(tmp_path / "ours").report["verified"]
+
+
+def test_a_profile_can_name_given_weights(tmp_path, clip, image_data, profile):
+    """They are used as they are, and belong to the profile's own layer and settings alone."""
+    w = {"W_enc": torch.randn(clip.width, S), "b_enc": torch.randn(S), "W_dec": torch.randn(S, clip.width),
+         "b_dec": torch.randn(clip.width)}
+    torch.save({"cfg": None, "state_dict": w}, tmp_path / "out.pt")
+    given = profile.with_sae(weights=str(tmp_path / "out.pt"))
+    sae, log = train_sae(given, clip, image_data, tmp_path / "run")
+    assert all(torch.equal(getattr(sae, name), w[name]) for name in NAMES) and len(log) == 1
+    assert as_loaded(SparseAutoencoder.from_pretrained(tmp_path / "run")) == as_loaded(sae)
+    assert not given.at_layer(0).sae.weights and not given.with_sae(tokens="cls").sae.weights
+    assert given.sae_settings()["sae"]["weights"] and "weights" not in profile.sae_settings()["sae"]
+    torch.save({"state_dict": values()}, tmp_path / "narrow.pt")
+    with pytest.raises(ValueError) as error:
+        train_sae(profile.with_sae(weights=str(tmp_path / "narrow.pt")), clip, image_data, tmp_path / "run")
+    assert one_sentence(error.value)
+
+
+# Damage
+
+def changed(w: dict, how: str) -> dict:
+    """Weights damaged in one way."""
+    w = dict(w)
+    if how.startswith("without "):
+        del w[how[8:]]
+    elif how == "transposed":
+        w["W_enc"] = w["W_enc"].T.contiguous()
+    elif how == "cut":
+        w["b_enc"] = w["b_enc"][:-1]
+    elif how == "integers":
+        w["W_dec"] = w["W_dec"].int()
+    elif how == "nan":
+        w["b_dec"] = w["b_dec"] * float("nan")
+    elif how == "infinite":
+        w["W_enc"] = w["W_enc"] / 0
+    elif how == "twice":
+        w["other.W_enc"] = w["W_enc"].clone()
+    elif how == "not tensors":
+        w = {name: tensor.tolist() for name, tensor in w.items()}
+    elif how == "empty":
+        w = {"W_enc": torch.empty(0, 0), "b_enc": torch.empty(0), "W_dec": torch.empty(0, 0), "b_dec": torch.empty(0)}
+    return w
+
+
+HOW = [*(f"without {name}" for name in NAMES), "transposed", "cut", "integers", "nan", "infinite", "twice", "empty"]
+
+
+@pytest.mark.parametrize("how", [*HOW, "not tensors"])
+@pytest.mark.parametrize("form", ["official", "final", "safetensors"])
+def test_wrong_weights_are_one_sentence(tmp_path, how, form):
+    w = changed(values(), how)
+    if form == "safetensors":
+        if how == "not tensors":
+            return
+        save_file(w, tmp_path / "a.safetensors")
+    elif form == "official":
+        torch.save({"cfg": None, "state_dict": w}, tmp_path / "a.pt")
+    else:
+        (tmp_path / "final").mkdir()
+        torch.save(w, tmp_path / "final" / "a.pt")
+    path = tmp_path if form == "final" else next(tmp_path.iterdir())
+    with pytest.raises(ValueError) as error:
+        SparseAutoencoder.from_pretrained(path)
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("form", ["official", "ours", "saelens"])
+def test_flipped_bytes_are_found_or_one_sentence(tmp_path, form):
+    """Where a hash or checksum is known no flipped bit goes unseen; a SAELens folder has none."""
+    sae, numbers = random_sae(D, S), np.random.default_rng(1)
+    path = tmp_path / form
+    if form == "official":
+        write_official(path, sae.state_dict())
+    elif form == "ours":
+        sae.save_pretrained(path)
+    else:
+        write_saelens(path, sae.state_dict(), "m", "h")
+    files = sorted(p for p in ([path] if path.is_file() else path.iterdir()))
+    for trial in range(120):
+        file = files[trial % len(files)]
+        good = file.read_bytes()
+        bad = bytearray(good)
+        if trial % 4 == 0:
+            del bad[int(numbers.integers(len(good))):]
+        else:
+            bad[int(numbers.integers(len(good)))] ^= 1 << int(numbers.integers(8))
+        file.write_bytes(bad)
+        try:
+            found = SparseAutoencoder.from_pretrained(path)
+            assert form == "saelens" or as_loaded(found) == as_loaded(sae)
+        except (ValueError, OSError) as error:
+            assert one_sentence(error), error
+        file.write_bytes(good)
+
+
+def test_other_paths_are_one_sentence(tmp_path):
+    (tmp_path / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save(values(), tmp_path / "two" / name)
+    (tmp_path / "gelu").mkdir()
+    torch.save(values(), tmp_path / "gelu" / "a.pt")
+    (tmp_path / "gelu" / "config_sae.json").write_text('{"activation_name": "gelu"}')
+    torch.save({"state_dict": [1]}, tmp_path / "list.pt")
+    for path in (tmp_path / "two", tmp_path / "gelu", tmp_path, tmp_path / "list.pt", "no/such/name/at/all"):
+        with pytest.raises((ValueError, OSError)) as error:
+            SparseAutoencoder.from_pretrained(path)
+        assert one_sentence(error.value)

@@ -1,0 +1,137 @@
+"""CLIP in OpenAI's layout: the same model as in transformers' layout, whatever the file."""
+
+import re
+
+import pytest
+import torch
+from conftest import one_sentence
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
+
+from patchsae import load_clip
+from patchsae.weights.openai import BLOCK, TOWERS, read_openai
+
+
+def small_clip() -> CLIPModel:
+    """Random weights whose text pooling is that of OpenAI (the largest id); towers of width 64 and 128."""
+    block = {"num_hidden_layers": 2, "intermediate_size": 96, "hidden_act": "quick_gelu"}
+    text = block | {"hidden_size": 64, "num_attention_heads": 1, "vocab_size": 50, "max_position_embeddings": 10,
+                    "eos_token_id": 2}
+    vision = block | {"hidden_size": 128, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model
+
+
+def openai_names(model: CLIPModel) -> dict:
+    """The inverse of what is tested, written from the table of names alone."""
+    state = {k: v for k, v in model.state_dict().items() if "position_ids" not in k}
+    places = {place: (name, turned) for name, (place, turned) in TOWERS.items()}
+    parts = {theirs: own for own, theirs in BLOCK.items()}
+    found = {}
+    for key, tensor in state.items():
+        if key in places:
+            name, turned = places[key]
+            found[name] = tensor.T.clone() if turned else tensor
+            continue
+        side, block, rest = re.fullmatch(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)", key).groups()
+        before = {"vision": "visual.transformer", "text": "transformer"}[side] + f".resblocks.{block}."
+        if rest.startswith("self_attn.q_proj"):
+            kind = rest.rsplit(".", 1)[1]
+            three = [state[key.replace("q_proj", f"{p}_proj")] for p in "qkv"]
+            found[f"{before}attn.in_proj_{kind}"] = torch.cat(three)
+        elif not rest.startswith(("self_attn.k_proj", "self_attn.v_proj")):
+            part, kind = rest.rsplit(".", 1)
+            found[f"{before}{parts[part]}.{kind}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("form", ["state dict", "whole", "safetensors", "legacy"])
+def test_every_file_gives_the_same_model(tmp_path, form):
+    model = small_clip()
+    names = openai_names(model)
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "ViT-B-16.pt")
+    if form == "safetensors":
+        save_file({k: v.contiguous() for k, v in names.items()}, path)
+    else:
+        extra = names | {"input_resolution": torch.tensor(16)}
+        content = {"state_dict": names, "epoch": 3} if form == "whole" else extra
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    clip = load_clip(path)
+    assert clip.processor.size["shortest_edge"] == clip.image_size == 16 and clip.tokenizer is None
+    pixels, ids = torch.randn(3, 3, 16, 16), torch.tensor([[1, 5, 9, 49, 0, 0], [1, 7, 49, 0, 0, 0]])
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(clip.above(clip.below(pixels, -2), -2), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(clip.model.get_text_features(input_ids=ids).pooler_output,
+                                   model.get_text_features(input_ids=ids).pooler_output, rtol=1e-5, atol=1e-5)
+    assert clip.logit_scale == model.logit_scale.exp()
+
+
+class Scripted(torch.nn.Module):
+    """A module that scripts to the nested names of a state dict."""
+
+    def __init__(self, tensors: dict):
+        super().__init__()
+        inner = {}
+        for name, tensor in tensors.items():
+            first, _, rest = name.partition(".")
+            inner.setdefault(first, {})[rest] = tensor
+        for first, parts in inner.items():
+            if "" in parts:
+                self.register_parameter(first, torch.nn.Parameter(parts[""]))
+            else:
+                self.add_module(first, Scripted(parts))
+
+    def forward(self, x: int) -> int:
+        return x
+
+
+def test_scripted_model_in_half_precision(tmp_path):
+    """OpenAI publishes its weights like this."""
+    model = small_clip()
+    names = {name: tensor.half() for name, tensor in openai_names(model).items()}
+    torch.jit.script(Scripted(names)).save(tmp_path / "ViT-B-16.pt")
+    found = read_openai(tmp_path / "ViT-B-16.pt").state_dict()
+    assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float32}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor.half().float() if tensor.is_floating_point() else tensor)
+
+
+@pytest.mark.parametrize("lost", ["visual.proj", "text_projection", "visual.transformer.resblocks.1.ln_2.bias",
+                                  "transformer.resblocks.0.attn.in_proj_weight", "logit_scale"])
+@pytest.mark.parametrize("how", ["dropped", "of another shape", "renamed"])
+def test_damage_is_one_sentence(tmp_path, lost, how):
+    names = openai_names(small_clip())
+    tensor = names.pop(lost)
+    if how != "dropped":
+        names[lost if how == "of another shape" else f"{lost}s"] = torch.ones(3, *tensor.shape)
+    torch.save(names, tmp_path / "a.pt")
+    with pytest.raises(ValueError) as error:
+        load_clip(tmp_path / "a.pt")
+    assert one_sentence(error.value)
+
+
+def test_weights_that_are_no_numbers_are_one_sentence(tmp_path):
+    names = openai_names(small_clip())
+    names["visual.proj"][0, 0] = float("nan")
+    torch.save(names, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="not finite in visual_projection") as error:
+        load_clip(tmp_path / "a.pt")
+    assert one_sentence(error.value)
+
+
+def test_names_on_the_hub_may_carry_a_revision(monkeypatch):
+    asked = {}
+
+    def from_pretrained(source, revision, **_):
+        asked.update(source=source, revision=revision)
+        raise OSError("no network")
+
+    monkeypatch.setattr("patchsae.clip.CLIPModel.from_pretrained", from_pretrained)
+    for name, revision in (("openai/clip@abc", None), ("openai/clip", "abc")):
+        with pytest.raises(FileNotFoundError) as error:
+            load_clip(name, revision=revision)
+        assert one_sentence(error.value) and asked == {"source": "openai/clip", "revision": "abc"}
