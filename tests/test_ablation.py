@@ -36,7 +36,7 @@ from patchsae.clip import Clip, class_prototypes
 from patchsae.config import ROOT
 from patchsae.data.datasets import open_dataset, templates
 from patchsae.latents import collect_latents
-from patchsae.train import committed_folder
+from patchsae.studies.study import committed_folder
 
 S, C = 64, 5
 KS = [1, 2, 5, 10, 50, S]

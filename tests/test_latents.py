@@ -9,9 +9,9 @@ from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random
 from test_images import folder
 from test_processes import launch
 
-from patchsae import ArrayDataset, SparseAutoencoder, collect_latents, latents
+from patchsae import ArrayDataset, SparseAutoencoder, collect_latents
 from patchsae.clip import Clip
-from patchsae.fast import onednn
+from patchsae.fast import encoder, onednn
 from patchsae.latents import LatentStatistics, saved_latents
 
 FIELDS = ("frequency", "mean_activation", "label_entropy", "label_std", "reference_values", "class_counts")
@@ -478,7 +478,8 @@ from pathlib import Path
 from conftest import LAYER, random_clip_model
 from test_latents import quiet_sae, some_data, whole_sae, integers, Exact
 import numpy as np, torch
-from patchsae import ArrayDataset, activations, processes
+from patchsae import ArrayDataset, activations
+from patchsae.fast import processes
 from patchsae.clip import Clip
 from patchsae.images import FileDataset
 from patchsae.latents import collect_latents, saved_latents
@@ -532,15 +533,15 @@ def test_parts_are_the_whole(exact, monkeypatch):
     sae = whole_sae(20)
     whole = collect_latents(exact, sae, ds, LAYER, n_reference=4, batch_images=7)
     monkeypatch.setattr(onednn, "WIDE", WIDTH)
-    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 6)
-    monkeypatch.setattr(latents, "IMAGES_AT_ONCE", 3)
-    assert latents._Encoder(sae).rows is not None
+    monkeypatch.setattr(encoder, "LATENTS_AT_ONCE", 6)
+    monkeypatch.setattr(encoder, "IMAGES_AT_ONCE", 3)
+    assert encoder.Encoder(sae).rows is not None
     assert same(whole, collect_latents(exact, sae, ds, LAYER, n_reference=4, batch_images=7))
 
 
 def test_parts_against_the_loop(clip, monkeypatch):
     monkeypatch.setattr(onednn, "WIDE", WIDTH)
-    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 8)
+    monkeypatch.setattr(encoder, "LATENTS_AT_ONCE", 8)
     ds, sae = some_data(40, 4), quiet_sae()
     expected = naive(latents_of(clip, sae, ds), ds.labels.tolist(), [ds[i].id for i in range(40)], 4, 0.2, 10)
     compare(collect_latents(clip, sae, ds, LAYER), expected)
@@ -549,8 +550,8 @@ def test_parts_against_the_loop(clip, monkeypatch):
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 def test_other_activations_are_never_encoded_in_parts(activation, monkeypatch):
     monkeypatch.setattr(onednn, "WIDE", 4)
-    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 6)
-    assert latents._Encoder(SparseAutoencoder(WIDTH, 20, activation=activation, k=3)).rows is None
+    monkeypatch.setattr(encoder, "LATENTS_AT_ONCE", 6)
+    assert encoder.Encoder(SparseAutoencoder(WIDTH, 20, activation=activation, k=3)).rows is None
 
 
 def test_oneDNN_is_not_asked_for_gradients(monkeypatch):

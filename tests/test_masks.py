@@ -188,7 +188,7 @@ def test_pointing_game_by_hand():
 def test_concepts_of_patches_equal_a_count_of_pixels():
     ds = SceneDataset("nouns", "test", 6)
     rows = [4, 0]
-    found, names = patch_concepts(ds, rows), concept_list()
+    found, names = patch_concepts(ds, rows), concept_list(ds)
     assert found.shape == (2, 64, len(names)) and found.dtype == bool
     assert [name for _, name in names] == [name for kind in KINDS for name in CONCEPTS[kind]]
     for i, row in enumerate(rows):
@@ -203,7 +203,7 @@ def test_concepts_of_patches_equal_a_count_of_pixels():
                 name,
             )
     np.testing.assert_array_equal(patch_coverage(ds, rows) >= 0.25, found)
-    assert concept_list(("style",)) == [("style", "photo"), ("style", "sketch")]
+    assert concept_list(SceneDataset("nouns", "train", 1), ("style",)) == [("style", "photo"), ("style", "sketch")]
     np.testing.assert_array_equal(
         patch_concepts(ds, rows, ("style",)), found[:, :, [n[0] == "style" for n in names]]
     )

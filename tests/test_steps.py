@@ -7,19 +7,19 @@ from conftest import random_sae
 from test_sae import NAMES
 from test_train import sleepy_sae, tokens, twin_training
 
-import patchsae.steps
-from patchsae.steps import Training
+import patchsae.train
+from patchsae.train import Training
 
 
 @pytest.fixture
 def sparse(monkeypatch):
     """Every autoencoder counts as wide, and every step after the first is sparse."""
-    monkeypatch.setattr(patchsae.steps, "WIDE", 0)
-    monkeypatch.setattr(patchsae.steps, "SPARSE_BELOW", {"cpu": 2.0})
+    monkeypatch.setattr(patchsae.train, "WIDE", 0)
+    monkeypatch.setattr(patchsae.train, "SPARSE_BELOW", {"cpu": 2.0})
 
 
 def looks_every(monkeypatch, n):
-    monkeypatch.setattr(patchsae.steps, "LOOK_EVERY", {"cpu": n})
+    monkeypatch.setattr(patchsae.train, "LOOK_EVERY", {"cpu": n})
 
 
 @pytest.mark.parametrize("ghost", [True, False])
@@ -56,8 +56,8 @@ def test_a_step_says_what_the_dense_formulas_say(sparse):
 
 
 def test_the_way_changes_with_how_many_are_active(monkeypatch):
-    monkeypatch.setattr(patchsae.steps, "WIDE", 0)
-    monkeypatch.setattr(patchsae.steps, "SPARSE_BELOW", {"cpu": 0.2})
+    monkeypatch.setattr(patchsae.train, "WIDE", 0)
+    monkeypatch.setattr(patchsae.train, "SPARSE_BELOW", {"cpu": 0.2})
     sae, (z,) = random_sae(6, 16), tokens(1, torch.float32)
     training = Training(sae, lr=1e-9)
     for bias, is_sparse in ((5.0, False), (-4.0, True), (5.0, False)):

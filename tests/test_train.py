@@ -8,30 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import patchsae.weights.formats
 import pytest
 import torch
 from conftest import SIDE, one_sentence, random_clip_model, random_sae
 from test_sae import NAMES, twin_loss
 
 import patchsae.sae
-import patchsae.steps
 import patchsae.train
+import patchsae.weights.formats
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
-from patchsae.activations import token_batches
-from patchsae.buffer import TrainingTokens, epoch_rows, training_rows
+from patchsae.__main__ import main
+from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
 from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
-from patchsae.steps import Training
-from patchsae.train import (
-    LOG_COLUMNS,
-    committed_folder,
-    committed_log,
-    new_sae,
-    run_folder,
-    train_sae,
-    trained_sae,
-)
+from patchsae.data.images import Images
+from patchsae.studies.study import committed_folder, committed_log, run_folder, trained_sae
+from patchsae.train import LOG_COLUMNS, Training, new_sae, train_sae
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
@@ -242,7 +234,7 @@ def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monk
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
     computed = TrainingTokens(clip, pixel_data, -2)
-    monkeypatch.setattr("patchsae.buffer.MEMORY", 2**20)
+    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
     kept = TrainingTokens(clip, pixel_data, -2)
     assert kept.kept is not None and computed.kept is None
     torch.testing.assert_close(kept[rows], expected)
@@ -331,7 +323,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
 def _read_images_as_they_are_needed():
     """Tokens are not kept in memory here, so that an interruption can come between any two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsae.buffer.MEMORY", 0)
+        patch.setattr("patchsae.activations.MEMORY", 0)
         yield
 
 
@@ -339,14 +331,12 @@ class Stops(Exception):
     """Stands for a crash."""
 
 
-class Interrupted:
+class Interrupted(Images):
     """A data set that raises at the n-th image it is asked for."""
 
     def __init__(self, ds, after, error):
-        self.ds, self.left, self.error, self.class_names = ds, after, error, ds.class_names
-
-    def __len__(self):
-        return len(self.ds)
+        super().__init__(ds.labels, ds.class_names)
+        self.ds, self.left, self.error = ds, after, error
 
     def __getitem__(self, i):
         self.left -= 1
@@ -397,8 +387,8 @@ def interrupt_once(monkeypatch, owner, name, at, after=False):
         (torch.optim.Adam, "step", True),
         (patchsae.train, "_log_row", False),
         (patchsae.train, "_log_row", True),
-        (patchsae.steps, "save_tensors", False),
-        (patchsae.steps, "save_tensors", True),
+        (patchsae.train, "save_tensors", False),
+        (patchsae.train, "save_tensors", True),
         (patchsae.train, "save_json", False),
         (patchsae.train, "write_atomically", True),
     ],
@@ -419,14 +409,14 @@ def test_resumed_after_an_interruption_in_the_middle_of_a_step(
 def test_a_kill_loses_only_the_steps_after_the_last_checkpoint(whole, clip, tmp_path, monkeypatch):
     """A killed process saves nothing on its way out: what is there is the checkpoint of step 4 or 8."""
     profile, ds = whole[:2]
-    original = patchsae.train._save
+    original = patchsae.train._Run._save
 
-    def save(training, *args):
-        if training.steps_done % 4 == 0:
-            original(training, *args)
+    def save(run):
+        if run.training.steps_done % 4 == 0:
+            original(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(patchsae.train, "_save", save)
+        patch.setattr(patchsae.train._Run, "_save", save)
         with pytest.raises(Stops):
             train_sae(profile, clip, Interrupted(ds, 32 + 4 * 6, Stops), tmp_path)
     assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
@@ -585,8 +575,8 @@ def test_log_is_read_back_exactly(tmp_path):
         for i in range(2000)
     ]
     pd.DataFrame(rows, columns=LOG_COLUMNS).to_csv(tmp_path / "log.csv", index=False)
-    assert patchsae.train._read_log(tmp_path, 2000) == rows
-    assert len(patchsae.train._read_log(tmp_path, 17)) == 17
+    assert patchsae.train._read_log(tmp_path / "log.csv", 2000) == rows
+    assert len(patchsae.train._read_log(tmp_path / "log.csv", 17)) == 17
 
 
 def test_class_tokens_only(whole, clip, tmp_path):
@@ -619,15 +609,15 @@ def test_global_generators_do_not_matter_and_are_left_alone(whole, clip, tmp_pat
 def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monkeypatch):
     """What a GPU finds too late: the steps since the last checkpoint are taken again, with twice the room."""
     profile, ds = whole[:2]
-    original, rooms = patchsae.steps.Training.look, []
+    original, rooms = patchsae.train.Training.look, []
 
     def look(self):
         if self.steps_done == 7 and len(rooms) < 2:
             rooms.append(self.room)
-            raise patchsae.steps.TooManyActive
+            raise patchsae.train.TooManyActive
         original(self)
 
-    monkeypatch.setattr(patchsae.steps.Training, "look", look)
+    monkeypatch.setattr(patchsae.train.Training, "look", look)
     assert_same_run(whole, tmp_path, *train_sae(profile, clip, ds, tmp_path))
     assert rooms == [3, 6]
 
@@ -636,13 +626,11 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     """``python -m patchsae train --profile mini`` trains where the notebooks look for it."""
     seen = []
     monkeypatch.setattr(patchsae.train, "train_sae", lambda profile, clip, ds, folder: seen.append((profile, folder)))
-    monkeypatch.setattr("sys.argv", ["train", "--profile", "mini"])
-    patchsae.train.main()
+    main(["train", "--profile", "mini"])
     (profile, folder), = seen
-    assert profile.name == "mini" and str(folder.relative_to(patchsae.train.ROOT)) in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["train", "--profile", "none"])
+    assert profile.name == "mini" and profile.short(folder) in capsys.readouterr().out
     with pytest.raises(SystemExit) as error:
-        patchsae.train.main()
+        main(["train", "--profile", "none"])
     assert one_sentence(str(error.value))
 
 

@@ -14,7 +14,7 @@ from patchsae import SparseAutoencoder, sae_loss, train_steps, variants
 from patchsae.studies.recovery import latent_directions
 from patchsae.train import Training, new_sae, run_key, train_sae
 from patchsae.weights.files import tensor_hash
-from patchsae.weights.formats import read_sae, write_official, write_saelens
+from patchsae.weights.formats import BATCHED, read_sae, write_official, write_saelens
 
 D, S, K, N = 5, 32, 3, 7
 OTHERS = ("topk", "batchtopk", "jumprelu", "matryoshka")
@@ -39,7 +39,7 @@ def make(activation, seed=0, k=K, n=N):
             getattr(sae, name).copy_(tensor)
         if activation == "jumprelu":
             sae.log_threshold.copy_(torch.from_numpy(numbers.normal(size=S) * 0.3 - 1))
-        if activation in variants.BATCHED:
+        if activation in BATCHED:
             sae.threshold.fill_(0.7)
     return sae, torch.from_numpy(numbers.normal(size=(n, D)) * 2 + 0.5).to(torch.get_default_dtype())
 
@@ -162,7 +162,7 @@ def slow_loss(sae, p, tokens, lam, dead):
         z_hat = torch.stack([sum(row[j] * p["W_dec"][j] for j in range(n)) + p["b_dec"] for row in h])
         errors.append(torch.stack([(a - b) ** 2 / (b**2).sum().sqrt() for a, b in zip(z_hat, tokens)]))
     ghost = 0.0
-    if dead is not None and sae.activation in variants.BATCHED:
+    if dead is not None and sae.activation in BATCHED:
         for i, z in enumerate(tokens):
             r, own = (z - z_hat[i]).detach(), dead.nonzero()[:, 0].tolist()
             kept = kept_first(pre[i][dead].tolist(), sae.k)
@@ -217,7 +217,7 @@ def test_gradients_equal_finite_differences(double, activation):
 def test_jumprelu_estimates_the_gradient_of_the_expected_loss(double):
     """Over many pre-activations of density p: d E[h] / d theta = -theta p(theta), d E[H] / d theta = -p(theta)."""
     pre = torch.linspace(-1, 3, 400_001)  # p = 1/4
-    for function, expected in ((variants.JumpReLU, -0.8 / 4), (variants.Step, -1 / 4)):
+    for function, expected in ((variants._Jump, -0.8 / 4), (variants._Step, -1 / 4)):
         theta = torch.tensor(0.8, requires_grad=True)
         function.apply(pre, theta).mean().backward()
         assert theta.grad.item() == pytest.approx(expected, rel=1e-3)
@@ -336,14 +336,14 @@ def test_threshold_is_the_running_mean_of_the_smallest_latent_kept():
         h = sae_loss(sae, make("batchtopk", seed)[1]).h.detach()
         least = min(v for v in h.flatten().tolist() if v > 0)
         expected = least if seed == 0 else 0.99 * expected + 0.01 * least
-        sae.update_threshold(h)
+        sae.after_step(h)
         assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
-    sae.update_threshold(torch.zeros(3, S))  # a batch without latents says nothing
+    sae.after_step(torch.zeros(3, S))  # a batch without latents says nothing
     assert float(sae.threshold) == pytest.approx(expected, rel=1e-6)
     for activation in ("relu", "topk", "jumprelu"):
         other, _ = make(activation)
         before = other.fingerprint()
-        other.update_threshold(h)
+        other.after_step(h)
         assert other.fingerprint() == before
 
 

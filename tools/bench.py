@@ -34,7 +34,7 @@ from patchsae.data.datasets import ArrayDataset  # noqa: E402
 from patchsae.fast import onednn  # noqa: E402
 from patchsae.latents import collect_latents  # noqa: E402
 from patchsae.sae import SparseAutoencoder  # noqa: E402
-from patchsae.steps import LOOK_EVERY, Training  # noqa: E402
+from patchsae.train import LOOK_EVERY, Training  # noqa: E402
 from patchsae.weights.files import load_tensors, save_tensors  # noqa: E402
 
 LAYER, TAU, K, DEAD_AFTER, L1 = -2, 0.2, 10, 64, 8e-5

@@ -19,8 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import random_clip_model  # noqa: E402
 
-import patchsae.buffer  # noqa: E402
-import patchsae.steps  # noqa: E402
+import patchsae.activations  # noqa: E402
 from patchsae import ArrayDataset  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
 from patchsae.config import load_profile  # noqa: E402
@@ -35,9 +34,9 @@ STEPS = 60
 def train(kind: int, folder: Path) -> None:
     """One training to its end, or from where it stands."""
     changes, sparse = KINDS[kind]
-    patchsae.buffer.POOL_IMAGES, patchsae.buffer.MEMORY = 7, 0
+    patchsae.activations.POOL_IMAGES, patchsae.activations.MEMORY = 7, 0
     if sparse:
-        patchsae.steps.WIDE, patchsae.steps.SPARSE_BELOW = 0, {"cpu": 2.0}
+        patchsae.train.WIDE, patchsae.train.SPARSE_BELOW = 0, {"cpu": 2.0}
     settings = {"expansion": 4, "batch_images": 4, "steps": STEPS, "save_every": 3, "warmup": 5, "dead_after": 2,
                 "l1": 0.1}
     profile = load_profile("mini").with_sae(**settings | changes)

@@ -6,13 +6,14 @@ Under ``accelerate launch -m patchsae train`` and ``torchrun -m patchsae train``
 import argparse
 import sys
 
+from patchsae.data.images import LostWorker
 from patchsae.fast import processes
 
 
 def _train(options) -> str:
     """train the profile's autoencoder and keep it where the notebooks look for it"""
-    from patchsae.studies.study import open_study
-    from patchsae.train import run_folder, train_sae
+    from patchsae.studies.study import open_study, run_folder
+    from patchsae.train import train_sae
 
     study = open_study(options.profile)
     folder = run_folder(study.profile, study.clip)
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command in SHARED:
             processes.join()
         said = COMMANDS[options.command](options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LostWorker) as error:
         sys.exit(str(error))
     if said and processes.rank() == 0:
         print(said)

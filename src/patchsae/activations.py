@@ -1,25 +1,38 @@
-"""From images to tokens: streaming a data set through the part of the model below the cut."""
+"""From images to tokens: a data set streamed through the part of the model below the cut, once or in training's order.
 
+In training every image (or every token) is used once per epoch, and the order is a function of the seed alone, so that
+a training that was interrupted goes on with the batch it would have had.
+"""
+
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
+from patchsae.data.adapters import as_images
 from patchsae.data.datasets import ArrayDataset
-from patchsae.data.images import Unreadable
+from patchsae.data.images import Images, LostWorker, Unreadable
+from patchsae.fast import processes
 
 #: Tokens of a training set are kept in memory up to this size: 1 GiB.
 MEMORY = 2**30
 #: Worker processes that read images from files; more of them wait for the disk or for the model.
 MOST_WORKERS = 16
-#: Share of a data set's images that may be unreadable; a pass goes on over them and says how many.
+#: Share of a data set's images that may be unreadable, one image in any case; a pass goes on over them and counts them.
 MOST_UNREADABLE = 1e-3
+#: Images whose tokens are shuffled with each other: two such pools are in memory, one that training draws from and one
+#: that is being filled, so many images at a time.
+POOL_IMAGES, FILL_IMAGES = 1024, 128
 
+
+# One pass -----------------------------------------------------------------------------------------------
 
 class PixelBatch(NamedTuple):
     """``pixels [B,3,H,W]``, ``labels [B]``, ``ids`` and ``rows`` (positions in the data set), each of length B."""
@@ -39,17 +52,13 @@ class TokenBatch(NamedTuple):
     rows: np.ndarray
 
 
-class LostWorker(ChildProcessError):
-    """A process that reads images has ended."""
-
-
 class _Reader(Dataset):
     """Reads batches of images, in worker processes where there are any: cropped, and still uint8.
 
     ``batches``: positions in ``ds``, an array for each batch.
     """
 
-    def __init__(self, ds, crop, batches: list[np.ndarray]):
+    def __init__(self, ds: Images, crop, batches: list[np.ndarray]):
         self.ds, self.crop, self.batches = ds, crop, batches
 
     def __len__(self) -> int:
@@ -69,21 +78,36 @@ class _Reader(Dataset):
 
 
 def _is_uint8(item) -> bool:
+    """Whether an image is to be cropped and normalised, rather than preprocessed already; anything else is refused."""
     image = item.image
-    if image.dtype not in (np.uint8, torch.uint8):
-        return False
-    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f"An image is uint8 of shape {list(image.shape)}; give uint8 [H, W, 3].")
-    return True
+    if image.dtype in (np.uint8, torch.uint8):
+        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise ValueError(f"Image {item.id} is uint8 of shape {list(image.shape)}; give uint8 [H, W, 3].")
+        return True
+    floating = image.is_floating_point() if torch.is_tensor(image) else image.dtype.kind == "f"
+    if not floating or image.ndim != 3:
+        raise ValueError(f"Image {item.id} is {image.dtype} of shape {list(image.shape)}; give uint8 [H, W, 3], or "
+                         "preprocessed pixels as float [3, H, W].")
+    return False
 
 
 def _finish(clip: Clip, images, labels, ids, rows) -> PixelBatch:
     """Move images to the model's device and normalise them there."""
     images = images.to(clip.device, non_blocking=True)
-    return PixelBatch(clip.normalise(images) if images.dtype == torch.uint8 else images, labels, ids, rows)
+    if images.dtype == torch.uint8:
+        return PixelBatch(clip.normalise(images), labels, ids, rows)
+    _refuse_not_finite(images, ids, rows, "has pixels", "check how it was preprocessed")
+    return PixelBatch(images, labels, ids, rows)
 
 
-def load_pixels(clip: Clip, ds, rows) -> PixelBatch:
+def _refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
+    """Stop at the first image of which something ``[B,...]`` is not finite."""
+    if not x.isfinite().all():
+        bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"Image {ids[bad]} (position {rows[bad]}) {what} that are not finite; {advice}.")
+
+
+def load_pixels(clip: Clip, ds: Images, rows) -> PixelBatch:
     """Read and preprocess the images at these positions of a data set; one that cannot be read is an error."""
     *batch, unreadable = _Reader(ds, clip.crop, [rows])[0]
     if unreadable:
@@ -91,7 +115,7 @@ def load_pixels(clip: Clip, ds, rows) -> PixelBatch:
     return _finish(clip, *batch)
 
 
-def read_pixels(clip: Clip, ds, batches: list[np.ndarray]) -> Iterator[PixelBatch]:
+def read_pixels(clip: Clip, ds: Images, batches: list[np.ndarray]) -> Iterator[PixelBatch]:
     """The images at the positions of each batch, read ahead by worker processes where a data set is one of files.
 
     Images that cannot be read are left out and noted in ``ds.unreadable``, up to ``MOST_UNREADABLE`` of the data set.
@@ -101,8 +125,10 @@ def read_pixels(clip: Clip, ds, batches: list[np.ndarray]) -> Iterator[PixelBatc
     loader = DataLoader(_Reader(ds, clip.crop, batches), batch_size=None, collate_fn=tuple, num_workers=workers,
                         pin_memory=clip.device.type == "cuda", generator=torch.Generator())
     for *batch, unreadable in _alive(loader):
-        if unreadable:
-            _tolerate(ds, unreadable)
+        ds.unreadable.update(unreadable)
+        if len(ds.unreadable) > max(1, MOST_UNREADABLE * len(ds)):
+            raise ValueError(f"{len(ds.unreadable)} of {len(ds)} images cannot be read, more than "
+                             f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(ds.unreadable.values()))}")
         if batch[0] is not None:
             yield _finish(clip, *batch)
 
@@ -120,23 +146,30 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
                          "from what is finished.") from None
 
 
-def _tolerate(ds, unreadable: dict[int, str]) -> None:
-    """Note images that cannot be read, and stop where they are more than a few."""
-    ds.unreadable.update(unreadable)
-    if len(ds.unreadable) > MOST_UNREADABLE * len(ds):
-        raise ValueError(f"{len(ds.unreadable)} of {len(ds)} images cannot be read, more than {MOST_UNREADABLE:.1%}; "
-                         f"the first is: {next(iter(ds.unreadable.values()))}")
-
-
 def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> Iterator[PixelBatch]:
     """Every image of a data set once, in order, with a bar that carries ``title``."""
+    ds = as_images(ds)
     if len(ds) == 0:
         raise ValueError("The data set is empty; give one with at least one image.")
     batches = [np.arange(start, min(start + batch_images, len(ds))) for start in range(0, len(ds), batch_images)]
     yield from tqdm(read_pixels(clip, ds, batches), total=len(batches), desc=title, disable=not title, mininterval=1)
 
 
-def kept_pixels(clip: Clip, ds):
+@torch.no_grad()
+def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str = "") -> Iterator[TokenBatch]:
+    """The tokens of every image once, in order."""
+    for batch in pixel_batches(clip, ds, batch_images, title):
+        yield TokenBatch(finite_tokens(clip, batch, layer), *batch[1:])
+
+
+def finite_tokens(clip: Clip, batch: PixelBatch, layer: int) -> torch.Tensor:
+    """Tokens of a batch of images at the cut ``[B,T,D]``, all of them finite."""
+    z = clip.below(batch.pixels, layer)
+    _refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
+    return z
+
+
+def kept_pixels(clip: Clip, ds: Images) -> Images:
     """The data set with its images read and preprocessed once, for several passes; itself where they do not fit into
     ``MEMORY`` bytes. Content ids and labels stay."""
     if 12 * len(ds) * clip.image_size**2 > MEMORY:
@@ -146,13 +179,138 @@ def kept_pixels(clip: Clip, ds):
                         [name for b in batches for name in b.ids], ds.class_names)
 
 
-@torch.no_grad()
-def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str = "") -> Iterator[TokenBatch]:
-    """The tokens of every image once, in order."""
-    for batch in pixel_batches(clip, ds, batch_images, title):
-        z = clip.below(batch.pixels, layer)
-        if not z.isfinite().all():
-            bad = int((~z.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) gives tokens that are not finite; "
-                             "check its pixels and the model's weights.")
-        yield TokenBatch(z, *batch[1:])
+# The order of training ----------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=4)
+def epoch_rows(n: int, epoch: int, seed: int) -> np.ndarray:
+    """The order of one epoch over n images: a permutation that depends on the seed and the epoch alone."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray:
+    """Positions of the images of one training step.
+
+    A function of its arguments, so that a resumed run goes on with the batch it would have had. Every image is
+    used once per epoch; a batch may straddle two epochs.
+    """
+    if n == 0:
+        raise ValueError("The data set is empty; give one with at least one image.")
+    places = np.arange(step * batch_images, (step + 1) * batch_images)
+    return np.array([epoch_rows(n, int(p // n), seed)[p % n] for p in places])
+
+
+def pool_spans(first: int, last: int, n: int, tokens: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where the tokens ``first`` to ``last`` of an endless sequence of epochs lie: epoch, pool, and from where to where
+    in the shuffled pool; each of n images has ``tokens`` tokens."""
+    while first < last:
+        epoch, place = divmod(first, n * tokens)
+        pool, start = divmod(place, POOL_IMAGES * tokens)
+        size = min(POOL_IMAGES, n - pool * POOL_IMAGES) * tokens
+        stop = min(size, start + last - first)
+        yield epoch, pool, start, stop
+        first += stop - start
+
+
+class TrainingTokens:
+    """Image tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
+
+    They are read from a disk cache where one is given (see ``cache``). Otherwise, where all of them fit into ``MEMORY``
+    bytes, they are computed once and kept; else they are computed whenever they are asked for, ``bf16`` for autocast.
+    Each way the same rows give the same bytes again, so that a resumed training goes on as it would have.
+    """
+
+    def __init__(self, clip: Clip, ds: Images, layer: int, bf16: bool = False, cache=None):
+        self.clip, self.ds, self.layer, self.bf16, self.cache, self.kept = clip, ds, layer, bf16, cache, None
+        if cache is not None:
+            ds.unreadable.update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
+        elif 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
+            with self._autocast():
+                kept = list(token_batches(clip, ds, layer, title="tokens of the images"))
+            self.kept = torch.cat([batch.z[:, :clip.n_tokens].float() for batch in kept])
+            read = np.concatenate([batch.rows for batch in kept])
+            self.place = np.full(len(ds), -1)
+            self.place[read] = np.arange(len(read))
+
+    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+        return next(self.batches([rows]))
+
+    def _autocast(self):
+        return torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def batches(self, rows: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+        """The tokens of each batch of positions, float32; images that cannot be read are left out."""
+        if self.cache is not None:
+            for z in self.cache.batches(list(rows), self.clip.device):
+                yield z.float()
+        elif self.kept is not None:
+            for part in rows:
+                places = self.place[part]
+                yield self.kept[torch.from_numpy(places[places >= 0])]
+        else:
+            for batch in read_pixels(self.clip, self.ds, list(rows)):
+                with torch.no_grad(), self._autocast():
+                    z = self.clip.below(batch.pixels, self.layer)
+                yield z[:, :self.clip.n_tokens].float()
+
+
+@functools.lru_cache(maxsize=1)
+def training_tokens(clip: Clip, ds: Images, layer: int, bf16: bool = False, cache=None) -> TrainingTokens:
+    """The tokens of a model and data set at a layer; the last ones asked for are kept."""
+    return TrainingTokens(clip, ds, layer, bf16, cache)
+
+
+def ahead(items: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """The same tensors; on a GPU the next one is computed on a second stream while this one is used."""
+    if device.type != "cuda":
+        yield from items
+        return
+    stream, items = torch.cuda.Stream(device), iter(items)
+
+    def begin():
+        # What the next one is made of may still be on its way in the first stream.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            return next(items, None)
+
+    coming = begin()
+    while coming is not None:
+        now = coming
+        torch.cuda.current_stream(device).wait_stream(stream)
+        now.record_stream(torch.cuda.current_stream(device))
+        coming = begin()
+        yield now
+
+
+def shuffled_tokens(tokens: TrainingTokens, steps: range, batch_images: int, seed: int,
+                    cls: bool = False) -> Iterator[torch.Tensor]:
+    """Each step's tokens, as many as ``batch_images`` images have, drawn from pools of many images: ``[N,D]``.
+
+    Of several processes each shuffles the tokens of its own share of the images.
+    """
+    mine, per_image = processes.share(len(tokens.ds)), 1 if cls else tokens.clip.n_tokens
+    size = batch_images * per_image
+    spans = [list(pool_spans(step * size, (step + 1) * size, len(mine), per_image)) for step in steps]
+    wanted = dict.fromkeys(span[:2] for step in spans for span in step)
+    pools = ahead((_pool(tokens, mine, *which, seed, per_image) for which in wanted), tokens.clip.device)
+    here, pool = None, None
+    for step in spans:
+        parts = []
+        for *which, start, stop in step:
+            if which != here:
+                here, pool = which, next(pools)
+            parts.append(pool[start:stop])
+        z = torch.cat(parts)
+        yield z[:, :-1][z[:, -1] > 0] if tokens.ds.unreadable else z[:, :-1]
+
+
+def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int, per_image: int) -> torch.Tensor:
+    """The shuffled tokens of one pool, ``[P*T,D+1]``: behind each token a 1, or a 0 where its image cannot be read."""
+    rows = mine.start + epoch_rows(len(mine), epoch, seed)[pool * POOL_IMAGES:(pool + 1) * POOL_IMAGES]
+    parts = tokens.batches(np.array_split(rows, -(-len(rows) // FILL_IMAGES)))
+    z = torch.cat([F.pad(part[:, :per_image], (0, 1), value=1.0) for part in parts])
+    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in tokens.ds.unreadable], device=z.device)
+    z = z.new_zeros(len(rows), *z.shape[1:]).index_copy_(0, read, z)
+    order = np.random.default_rng([seed, epoch, pool]).permutation(len(rows) * per_image)
+    return z.flatten(0, 1)[torch.from_numpy(order).to(z.device)]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae.config import ROOT
-from patchsae.data.images import Crop, rgb
+from patchsae.data.images import Crop, hash_of, rgb
 from patchsae.weights.files import tensor_hash
 from patchsae.weights.openai import read_openai
 
@@ -137,6 +137,11 @@ class Clip:
     def fingerprint(self) -> str:
         """Hash of all weights."""
         return tensor_hash(self.model.state_dict())
+
+    def preprocessing(self) -> str:
+        """Hash of what happens to an image before the first block: its crop, and what becomes of every grey level."""
+        levels = [] if self.processor is None else self._levels.flatten().tolist()
+        return hash_of([self.crop.size, int(self.crop.resample), levels])
 
 
 def _class_token(block, z: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """Statistics of every latent in one pass (sec. 3.2, eq. 3-5): frequency, strength, reference images, classes."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,15 +12,19 @@ import torch
 
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
-from patchsae.data.images import Images
+from patchsae.data.adapters import as_images
+from patchsae.data.images import Images, hash_of
 from patchsae.fast import onednn, processes
+from patchsae.fast.encoder import Encoder
 from patchsae.sae import SparseAutoencoder
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
 MIN_REFERENCE = 10
-#: What a CPU encodes at a time where it goes through oneDNN: 6 MB of latents of ViT-B/16's 197 tokens.
-IMAGES_AT_ONCE, LATENTS_AT_ONCE = 4, 2048
+#: What is counted of an image.
+TOKENS = ("all", "cls", "all and prompts")
+#: Raised whenever what is computed here changes: statistics that were kept before are then computed anew.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class LatentStatistics:
     where there are fewer than k.
     ``class_counts [C,S]``: tokens above ``tau``, summed over the images of each class (eq. 5).
     ``n_images``: images that were read; ``n_unreadable``: images that could not be, and are in nothing of this.
-    ``sae_hash``: fingerprint of the autoencoder.
+    ``block``: the last one below the cut; ``class_names``: of the rows of ``class_counts``; ``sae_hash``: fingerprint
+    of the autoencoder.
     """
 
     frequency: torch.Tensor
@@ -52,6 +56,8 @@ class LatentStatistics:
     class_counts: torch.Tensor
     n_images: int
     tau: float
+    block: int
+    class_names: tuple[str, ...]
     sae_hash: str
     n_unreadable: int = 0
 
@@ -69,23 +75,39 @@ class LatentStatistics:
 
     @classmethod
     def load(cls, folder: Path) -> "LatentStatistics":
-        """Read what ``save`` wrote."""
-        rest = load_json(folder / "latents.json", "reference_ids", "n_images", "tau", "sae_hash")
+        """Read what ``save`` wrote; what does not belong together is refused."""
+        path = folder / "latents.json"
+        rest = load_json(path, "reference_ids", "n_images", "tau", "block", "class_names", "sae_hash", "n_unreadable")
         tensors = load_tensors(folder / "latents.safetensors")
-        return cls(**tensors, **(rest | {"reference_ids": np.array(rest["reference_ids"], dtype=object)}))
+        rest |= {"reference_ids": np.array(rest["reference_ids"], dtype=object),
+                 "class_names": tuple(rest["class_names"])}
+        try:
+            statistics = cls(**tensors, **rest)
+            n, k = statistics.reference_values.shape
+            shapes = [(n,)] * 4 + [(n, k)] * 4 + [(len(statistics.class_names), n)]
+            fields = [getattr(statistics, f.name) for f in dataclasses.fields(cls)[:len(shapes)]]
+            if [tuple(field.shape) for field in fields] == shapes:
+                return statistics
+        except (TypeError, AttributeError, ValueError):
+            pass
+        raise ValueError(f"{folder} holds statistics whose parts do not go together; remove it, and they are computed "
+                         "again.")
 
 
 def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2, n_reference: int = 10,
                     batch_images: int = 64, tokens: str = "all", title: str = "") -> LatentStatistics:
-    """Statistics, reference images and class counts in one pass.
+    """Statistics, reference images and class counts in one pass over ``ds``: an ``Images``, a torch data set of
+    (image, label), or a ``DataLoader`` of one.
 
     ``tokens``: "all" image tokens, "cls" for the class token alone, or "all and prompts", which counts an adapted
     tower's prompt tokens as if they were patches, as the published code does. Processes that were launched together
     share the batches, and each of them returns the statistics of the whole.
     """
+    _check(tau, n_reference, tokens)
+    ds = as_images(ds)
     mine = _Part(ds, batch_images) if processes.count() > 1 else ds
     running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
-    encoder, ids, labels, rows = _Encoder(sae), [], [], []
+    encoder, ids, labels, rows = Encoder(sae), [], [], []
     with torch.no_grad(), onednn.Linears():
         # A process beyond the last batch has nothing to do; a data set without images is an error all the same.
         nothing = processes.count() > 1 and len(ds) and not len(mine)
@@ -100,33 +122,39 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
         running.merge()
         ids, labels, rows = (sum(parts, []) for parts in zip(*processes.gathered((ids, labels, mine.places(rows)))))
         mine.tell_unreadable()
-    return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows), sae.fingerprint(),
-                          len(ds.unreadable))
+    return running.finish(_Read(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows)),
+                          block=clip.block(layer), class_names=ds.class_names, sae_hash=sae.fingerprint(),
+                          n_unreadable=len(ds.unreadable))
 
 
-def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2,
+def _check(tau: float, n_reference: int, tokens: str) -> None:
+    """Refuse what no statistics can be taken with."""
+    if not math.isfinite(tau) or tau < 0:
+        raise ValueError(f"tau is {tau!r}; a latent is active above a finite number, 0 or more.")
+    if not isinstance(n_reference, int) or n_reference < 1:
+        raise ValueError(f"n_reference is {n_reference!r}; keep a whole number of reference images, 1 or more.")
+    if tokens not in TOKENS:
+        raise ValueError(f"There are no tokens {tokens!r}; choose one of {', '.join(TOKENS)}.")
+
+
+def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, layer: int, tau: float = 0.2,
                   n_reference: int = 10, batch_images: int = 64, tokens: str = "all") -> LatentStatistics:
-    """``collect_latents``, kept in ``folder`` under a key of the model, the autoencoder, the data set and the code.
+    """``collect_latents``, kept in ``folder`` under a key of all that decides it.
 
     Of processes that were launched together the first one writes, and all of them read what it wrote.
     """
-    folder = folder / f"latents-{latents_key(clip, sae, ds, layer, tau, n_reference, tokens)}"
+    key = hash_of([VERSION, {"model": clip.fingerprint(), "preprocessing": clip.preprocessing(),
+                             "autoencoder": sae.fingerprint(), "images": ds.fingerprint(), "block": clip.block(layer),
+                             "tau": tau, "n_reference": n_reference, "tokens": tokens}])
+    folder = folder / f"latents-{key}"
     # The first process's answer, since the others may look when it has just been written.
     if not processes.gathered((folder / "latents.json").is_file())[0]:
         title = f"latents of {len(ds)} images"
-        found = collect_latents(clip, sae, ds, layer, tau, n_reference, batch_images, tokens, title)
+        statistics = collect_latents(clip, sae, ds, layer, tau, n_reference, batch_images, tokens, title)
         if processes.rank() == 0:
-            found.save(folder)
+            statistics.save(folder)
         processes.wait()
     return LatentStatistics.load(folder)
-
-
-def latents_key(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float, n_reference: int, tokens: str) -> str:
-    """Hash of everything that decides the statistics, the code among it: a kept result must not outlive it."""
-    rooms = ("latents.py", "onednn.py", "activations.py", "sae.py", "variants.py", "clip.py")
-    code = [Path(__file__).with_name(name).read_text() for name in rooms]
-    key = [clip.fingerprint(), sae.fingerprint(), ds.fingerprint(), clip.block(layer), tau, n_reference, tokens, *code]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
 class _Part(Images):
@@ -150,42 +178,6 @@ class _Part(Images):
         found = dict(zip(self.places(self.unreadable), self.unreadable.values()))
         for part in processes.gathered(found):
             self.ds.unreadable.update(part)
-
-
-class _Encoder:
-    """Encodes tokens for the sake of each image's mean activations and counts.
-
-    The latents of an image are 39 MB at the paper's size. On a CPU they are made some at a time, small enough to be
-    counted before they leave its cache.
-    """
-
-    def __init__(self, sae: SparseAutoencoder):
-        self.sae = sae
-        # Another activation than relu may depend on all latents of a token.
-        in_parts = sae.activation == "relu" and sae.n_latents >= 2 * LATENTS_AT_ONCE and onednn.serves(sae.W_enc.T)
-        self.rows = sae.W_enc.detach().T.contiguous() if in_parts else None
-
-    def image_level(self, z: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean activation over the tokens ``[B,T,D]`` of each image, and how many are above ``tau``: ``[B,S]`` each."""
-        if self.rows is None:
-            return _mean_and_count(self.sae.encode(z), tau)
-        means, counts = [], []
-        for few in z.split(IMAGES_AT_ONCE):
-            mean, count = zip(*(_mean_and_count(h, tau) for h in self._in_parts(few)))
-            means.append(torch.cat(mean, 1))
-            counts.append(torch.cat(count, 1))
-        return torch.cat(means), torch.cat(counts)
-
-    def _in_parts(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        """``h [B,T,n]`` of a few images, n latents at a time."""
-        centred = z - self.sae.b_dec
-        for rows, bias in zip(self.rows.split(LATENTS_AT_ONCE), self.sae.b_enc.split(LATENTS_AT_ONCE)):
-            yield onednn.linear(centred, rows, bias, relu=True)
-
-
-def _mean_and_count(h: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over the tokens of ``h [B,T,n]`` and how many are above ``tau``, ``[B,n]`` each; ``h`` is used up."""
-    return h.mean(1), h.gt_(tau).sum(1, dtype=torch.float32).long()
 
 
 class _Running:
@@ -232,24 +224,33 @@ class _Running:
             self._keep_strongest(everything, values.to(self.values.device), rows.to(self.rows.device))
             self.n_images += n_images
 
-    def finish(self, ids: np.ndarray, labels: torch.Tensor, positions: torch.Tensor, sae_hash: str,
-               n_unreadable: int) -> LatentStatistics:
-        """Divide, and look up what is known of the reference images; ``positions``: of what was read."""
+    def finish(self, read: "_Read", **known) -> LatentStatistics:
+        """Divide, and look up what is known of the reference images; ``known``: fields that are not summed here."""
         rows, values = self.rows.cpu(), self.values.cpu()
-        found = rows >= 0
-        reference_labels = torch.where(found, labels[rows.clamp_min(0)], -1)
-        enough = found.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
+        if not self.strength.isfinite().all():
+            raise ValueError("The autoencoder gives latents that are not finite; check its weights.")
+        there = rows >= 0
+        reference_labels = torch.where(there, read.labels[rows.clamp_min(0)], -1)
+        enough = there.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
         nothing = torch.full((len(rows),), float("nan"))
         entropy = label_entropy(reference_labels, values, len(self.class_counts))
         return LatentStatistics(
             frequency=(self.active / self.n_images).float().cpu(),
             mean_activation=(self.strength / self.active).float().cpu(),
             label_entropy=torch.where(enough, entropy, nothing),
-            label_std=torch.where(enough, _masked_std(reference_labels.double(), found).float(), nothing),
-            reference_ids=np.where(found.numpy(), ids[rows.clamp_min(0).numpy()], ""),
-            reference_rows=torch.where(found, positions[rows.clamp_min(0)], -1),
+            label_std=torch.where(enough, _masked_std(reference_labels.double(), there).float(), nothing),
+            reference_ids=np.where(there.numpy(), read.ids[rows.clamp_min(0).numpy()], ""),
+            reference_rows=torch.where(there, read.rows[rows.clamp_min(0)], -1),
             reference_labels=reference_labels, reference_values=values, class_counts=self.class_counts.cpu(),
-            n_images=self.n_images, tau=self.tau, sae_hash=sae_hash, n_unreadable=n_unreadable)
+            n_images=self.n_images, tau=self.tau, **known)
+
+
+class _Read(NamedTuple):
+    """What was read, in the order of the pass: content ids, labels and positions in the data set, ``[N]`` each."""
+
+    ids: np.ndarray
+    labels: torch.Tensor
+    rows: torch.Tensor
 
 
 def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int, chunk: int = 4096) -> torch.Tensor:

@@ -1,30 +1,215 @@
-"""Training runs (sec. 3.1, A.1): a log, checkpoints, and going on to the same bytes.
+"""Training an autoencoder (sec. 3.1, A.1): the step, and runs that keep a log and go on to the same bytes.
 
-``accelerate launch -m patchsae train --profile paper`` trains on as many devices as there are.
+Nothing in a step waits for a GPU. Every ``look_every`` steps there is a look at the numbers on the device: whether the
+loss is finite, which latents can be dead before the next look, and whether few enough latents are active that the
+sparse way is faster.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.buffer import training_batches
+from patchsae.activations import ahead, shuffled_tokens, training_rows, training_tokens
+from patchsae.cache import profile_cache
 from patchsae.clip import Clip
-from patchsae.config import ROOT, Profile
+from patchsae.config import Profile
+from patchsae.data.images import Images
 from patchsae.fast import processes
-from patchsae.sae import SparseAutoencoder, initial_b_dec
-from patchsae.steps import Step, TooManyActive, Training
-from patchsae.weights.files import load_json, save_json, write_atomically
+from patchsae.fast.sparse import sparse_step
+from patchsae.sae import SparseAutoencoder
+from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash, write_atomically
+
+#: From this many weights in W_dec on, steps may be sparse and Adam is fused; both round otherwise than the plain forms,
+#: which narrow autoencoders keep.
+WIDE = 2**22
+#: Share of active latents below which the sparse step is the faster one; on a GPU by arithmetic (docs/performance.md).
+SPARSE_BELOW = {"cpu": 1 / 32, "cuda": 1 / 128}
+#: Steps between looks. On the CPU there is nothing to wait for.
+LOOK_EVERY = {"cpu": 1, "cuda": 32}
+#: How many times the active latents of the steps before a sparse step has room for.
+ROOM = 3
+#: Images that b_dec starts from, in batches of training.
+FIRST_BATCHES = 8
+
+
+# The step -----------------------------------------------------------------------------------------------
+
+class Step(NamedTuple):
+    """Scalars of a step, on the device: ``mse``, ``l1`` (weighted), ``ghost``, ``total``; ``l0``: active latents per
+    token; ``dead``: share of the latents, after the step; ``ev``: explained variance of the batch."""
+
+    mse: torch.Tensor
+    l1: torch.Tensor
+    ghost: torch.Tensor
+    total: torch.Tensor
+    l0: torch.Tensor
+    dead: torch.Tensor
+    ev: torch.Tensor
+
 
 LOG_COLUMNS = ["step", *Step._fields]
 
 
-def train_steps(sae: SparseAutoencoder, batches, lr: float = 4e-4, l1: float = 8e-5, warmup: int = 500,
-                dead_after: int = 64, ghost: bool = True) -> torch.Tensor:
+class TooManyActive(RuntimeError):
+    """More latents were active than there was room for, so that the steps since the last checkpoint do not count."""
+
+
+class Training:
+    """An autoencoder with its optimiser and its dead-latent counters: what a step reads and changes.
+
+    ``quiet [S]``: for each latent, how many steps in a row it has fired on no token. ``candidates [K]``: the latents
+    that can be dead before the next look. ``capacity``: how many active latents a sparse step has room for, ``room``
+    times as many as were seen; 0 while steps are dense.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, lr: float = 4e-4, l1: float = 8e-5, warmup: int = 500,
+                 dead_after: int = 64, ghost: bool = True, precision: str = "float32"):
+        self.sae, self.lr, self.l1, self.warmup, self.room = sae, lr, l1, warmup, ROOM
+        self.dead_after, self.ghost, self.bf16, self.steps_done = dead_after, ghost, precision == "bf16", 0
+        sharded, device = processes.shard(sae, "losses"), sae.W_enc.device
+        wide = sae.d_model * sae.n_latents >= WIDE and not sharded
+        self.look_every = min(LOOK_EVERY[device.type], 1 + dead_after // 2)
+        self.sparse_below = SPARSE_BELOW[device.type] if wide and sae.steps_sparsely else 0
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=wide or None)
+        if wide:  # a latent's weights side by side, as sums over latents want them
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+        self.quiet = torch.zeros(sae.n_latents, dtype=torch.long, device=device)
+        self.candidates, self.capacity, self.most = self.quiet[:0], 0, torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """Latents that have not fired for more than ``dead_after`` steps: bool ``[S]``."""
+        return self.quiet > self.dead_after
+
+    @property
+    def looked(self) -> bool:
+        """Whether the last step ended with a look."""
+        return self.steps_done % self.look_every == 0
+
+    def step(self, z: torch.Tensor) -> Step:
+        """One step on tokens ``[...,D]``; with several processes, each on tokens of its own."""
+        self.sae.normalise_decoder()
+        losses, z_hat, n_active, fired = (self._sparse if self.capacity else self._dense)(z)
+        if self.look_every == 1:
+            self._refuse(losses[3])
+        processes.average([*(p.grad for p in self.sae.parameters()), *self.sae.buffers()])
+        self.sae.remove_parallel_gradient()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / max(1, self.warmup))
+        self.optimizer.step()
+        self.quiet = torch.where(processes.anywhere(fired), 0, self.quiet + 1)
+        self.steps_done, self.most = self.steps_done + 1, torch.maximum(self.most, n_active)
+        tokens = z.flatten(0, -2)
+        self.last = torch.stack([*losses, n_active / len(tokens), self.dead.float().mean(), _explained(tokens, z_hat)])
+        processes.average([self.last])
+        if self.looked:
+            self.look()
+        return Step(*self.last)
+
+    def _dense(self, z: torch.Tensor) -> tuple:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self.sae.losses(z, self.l1, *((self.dead, self.candidates) if self.ghost else ()))
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        self.sae.after_step(losses.h.detach())
+        active = (losses.h.detach() > 0).flatten(0, -2)
+        return [x.detach() for x in losses[:4]], losses.z_hat.detach().flatten(0, -2), active.sum(), active.any(0)
+
+    def _sparse(self, z: torch.Tensor) -> tuple:
+        candidates = self.candidates if self.ghost else self.candidates[:0]
+        done = sparse_step(self.sae, z.flatten(0, -2), self.l1, self.dead, candidates, self.capacity, self.bf16)
+        return done[:4], done.z_hat, done.n_active, done.fired
+
+    def look(self) -> None:
+        """Read what the device has, and set what the steps until the next look go by."""
+        self._refuse(self.last[3])
+        active = processes.most(self.most)
+        if self.capacity and self.quiet.is_cuda and active > self.capacity:
+            raise TooManyActive
+        share = self.last[4].item() / self.sae.n_latents
+        self.capacity = self.room * active if share < self.sparse_below else 0
+        self.candidates = (self.quiet > self.dead_after + 1 - self.look_every).nonzero()[:, 0]
+        self.most = torch.zeros_like(self.most)
+
+    def make_room(self, times: int) -> None:
+        """Have so many times the room for active latents, from the next step on."""
+        self.room, self.capacity = times * self.room, times * self.capacity
+
+    def _refuse(self, total: torch.Tensor) -> None:
+        """Stop at a loss that is not a number; on the CPU before it reaches the weights."""
+        if not total.isfinite():
+            raise ValueError(f"The loss of step {self.steps_done} is {total.item()}: the tokens hold NaN or "
+                             "infinity, or the learning rate is too high; check the images and the profile.")
+
+    def trained(self) -> SparseAutoencoder:
+        """The autoencoder as it is now, in one piece and with decoder rows of unit length."""
+        old = self.sae
+        first = torch.Generator()  # of its own, so that the global one is left alone
+        sae = SparseAutoencoder(old.d_model, old.n_latents, first, old.activation, old.k).to(self.quiet.device)
+        sae.load_state_dict({name: processes.whole(value) for name, value in old.state_dict().items()})
+        sae.normalise_decoder()
+        return sae
+
+    # Checkpoints ----------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a later step depends on, by name."""
+        state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()} | {"quiet": self.quiet}
+        state |= {"candidates": self.candidates, "counts": torch.tensor([self.steps_done, self.capacity])}
+        names = [name for name, _ in self.sae.named_parameters()]
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{names[i]}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        return {name: processes.whole(tensor) for name, tensor in state.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: one file of tensors and their hash, so that it is there whole or not at all."""
+        tensors = self.tensors()
+        if processes.rank() == 0:
+            save_tensors(Path(folder) / "checkpoint.safetensors", tensors | {"hash": _hash(tensors)})
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        path = Path(folder) / "checkpoint.safetensors"
+        tensors = load_tensors(path, str(self.quiet.device))
+        needed = {"quiet", "candidates", "counts", "hash", *(f"sae.{name}" for name in self.sae.state_dict())}
+        if missing := sorted(needed - set(tensors)):
+            raise ValueError(f"{path} lacks {missing[0]}; remove the folder and train again.")
+        if not torch.equal(tensors.pop("hash").cpu(), _hash(tensors)):
+            raise ValueError(f"{path} is damaged, its hash is another one; remove the folder and train again.")
+        weights = self.sae.state_dict()
+        self.sae.load_state_dict({name: processes.placed(tensors[f"sae.{name}"], weights[name]) for name in weights})
+        self.quiet, self.candidates = tensors["quiet"], tensors["candidates"]
+        self.steps_done, self.capacity = tensors["counts"].tolist()
+        state = self.optimizer.state_dict()
+        for i, (name, p) in enumerate(self.sae.named_parameters()):
+            prefix = f"adam.{name}."
+            moments = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            # In the parameter's own layout, which the fused optimiser asks for.
+            state["state"][i] = {k: v.cpu() if k == "step" else torch.empty_like(p).copy_(processes.placed(v, p))
+                                 for k, v in moments.items()}
+        self.optimizer.load_state_dict(state)
+
+
+def _hash(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Hash of tensors, as a tensor: uint8 ``[8]``."""
+    return torch.tensor(list(bytes.fromhex(tensor_hash(tensors))), dtype=torch.uint8)
+
+
+def _explained(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
+    """Explained variance of a batch of tokens ``[N,D]``, centred on its mean."""
+    return 1 - (z_hat - z).square().sum() / (z - z.mean(0)).square().sum()
+
+
+def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: float = 4e-4, l1: float = 8e-5,
+                warmup: int = 500, dead_after: int = 64, ghost: bool = True) -> torch.Tensor:
     """Train in place on an iterable of tokens ``[...,D]``; returns ``[steps,4]`` = mse, l1, ghost, total."""
     training = Training(sae, lr, l1, warmup, dead_after, ghost)
     history = [torch.stack(training.step(z)[:4]).detach() for z in batches]
@@ -33,115 +218,32 @@ def train_steps(sae: SparseAutoencoder, batches, lr: float = 4e-4, l1: float = 8
     return torch.stack(history)
 
 
-def new_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
-    """An untrained autoencoder of the profile's width, b_dec set from the first eight batches."""
+# The run ------------------------------------------------------------------------------------------------
+
+def training_batches(profile: Profile, clip: Clip, ds: Images, steps: range) -> Iterator[torch.Tensor]:
+    """Tokens of each training step: whole images ``[B,T,D]`` or shuffled tokens ``[B*T,D]``, of all tokens or of the
+    class tokens alone (T = 1). Of several processes each has its share of every batch."""
+    s, cache = profile.sae, profile_cache(profile, clip, ds)
+    tokens = training_tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
+    if s.batch_images % processes.count():
+        raise ValueError(f"A batch of {s.batch_images} images cannot be shared evenly by {processes.count()} "
+                         "processes; change sae.batch_images or the number of processes.")
+    if s.shuffle == "tokens":
+        batches = shuffled_tokens(tokens, steps, s.batch_images // processes.count(), profile.seed, s.tokens == "cls")
+    else:
+        mine = np.array(processes.share(s.batch_images))
+        rows = [training_rows(len(ds), step, s.batch_images, profile.seed)[mine] for step in steps]
+        batches = (z[:, :1] if s.tokens == "cls" else z for z in tokens.batches(rows))
+    return ahead(batches, clip.device)
+
+
+def new_sae(profile: Profile, clip: Clip, ds: Images) -> SparseAutoencoder:
+    """An untrained autoencoder of the profile's width, b_dec set from the first batches of whole images."""
     sae = _empty(profile, clip)
     whole = dataclasses.replace(profile, sae=dataclasses.replace(profile.sae, shuffle="images"))
-    first = torch.cat(processes.gathered(torch.cat(list(training_batches(whole, clip, ds, range(8))))))
-    sae.b_dec.data = initial_b_dec(first, profile.sae.b_dec)
+    batches = torch.cat(list(training_batches(whole, clip, ds, range(FIRST_BATCHES))))
+    sae.b_dec.data = initial_b_dec(torch.cat(processes.gathered(batches)), profile.sae.b_dec)
     return sae.to(clip.device)
-
-
-def train_sae(profile: Profile, clip: Clip, ds, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
-    """Train the profile's autoencoder on a data set, or continue from the last checkpoint in ``folder``.
-
-    Writes ``checkpoint.safetensors`` every ``save_every`` steps, ``log.csv`` beside it, and at the end, in the
-    checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns it and the log. Of several
-    processes the first one writes.
-    """
-    folder, key = Path(folder), run_key(profile, clip)
-    if profile.sae.weights:
-        return _given(profile, clip, folder)
-    training = _start_or_resume(profile, clip, ds, folder, key)
-    log = _read_log(folder, training.steps_done)
-    while training.steps_done < profile.sae.steps:
-        try:
-            _train(training, log, profile, clip, ds, folder, key)
-        except TooManyActive:
-            training = _start_or_resume(profile, clip, ds, folder, key, room=2 * training.room)
-            log = _read_log(folder, training.steps_done)
-    sae = training.trained()
-    if processes.rank() == 0:
-        sae.save_pretrained(folder)
-        for name in ("training.json", "checkpoint.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-    processes.wait()
-    return sae, pd.DataFrame(log, columns=LOG_COLUMNS)
-
-
-def _train(training: Training, log: list, profile: Profile, clip: Clip, ds, folder: Path, key: str) -> None:
-    """Take all steps that are left, adding to the log and saving on the way."""
-    steps, recent = profile.sae.steps, []
-    bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
-               disable=processes.rank() > 0 or None)
-    with bar:
-        for z in training_batches(profile, clip, ds, range(training.steps_done, steps)):
-            recent.append(training.step(z))
-            bar.update()
-            due = training.steps_done % profile.sae.save_every == 0 or training.steps_done == steps
-            if due or training.looked:
-                first = training.steps_done - len(recent) + 1
-                log += [_log_row(first + i, step) for i, step in enumerate(recent)]
-                recent.clear()
-                text = "mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}"
-                bar.set_postfix_str(text.format(**dict(zip(LOG_COLUMNS, log[-1]))), refresh=False)
-            if due:
-                if not training.looked:
-                    training.look()
-                _save(training, log, folder, key)
-
-
-def _given(profile: Profile, clip: Clip, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
-    """The autoencoder that the profile names, kept in ``folder`` as a trained one would be; its log has no numbers."""
-    path = ROOT / profile.sae.weights
-    sae = SparseAutoencoder.from_pretrained(path if path.exists() else profile.sae.weights, clip.device)
-    if sae.d_model != clip.width:
-        raise ValueError(f"{profile.sae.weights} is for tokens of width {sae.d_model}, but {profile.model.name} has "
-                         f"{clip.width}; choose an autoencoder of this model.")
-    sae.save_pretrained(folder)
-    return sae, pd.DataFrame([(0, *[float("nan")] * (len(LOG_COLUMNS) - 1))], columns=LOG_COLUMNS)
-
-
-def run_key(profile: Profile, clip: Clip) -> str:
-    """Hash of the model's weights and of every setting that decides the trained autoencoder."""
-    settings = json.dumps([clip.fingerprint(), profile.sae_settings()], sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:16]
-
-
-def run_folder(profile: Profile, clip: Clip) -> Path:
-    """Where the profile's own training goes."""
-    return profile.run_dir / "sae" / run_key(profile, clip)
-
-
-def committed_folder(profile: Profile, clip: Clip) -> Path:
-    """Where the committed autoencoder of exactly these settings would be."""
-    return profile.data_dir / "sae" / run_key(profile, clip)
-
-
-def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
-    """The log of the committed training of exactly these settings, every tenth step of it, or None."""
-    path = committed_folder(profile, clip) / "log.csv"
-    return pd.read_csv(path) if path.is_file() else None
-
-
-def trained_sae(profile: Profile, clip: Clip, ds) -> SparseAutoencoder:
-    """The profile's autoencoder: committed or trained before, else trained now on ``ds``."""
-    for folder in (committed_folder(profile, clip), run_folder(profile, clip)):
-        if (folder / "sae.safetensors").is_file():
-            return SparseAutoencoder.from_pretrained(folder, clip.device)
-    return train_sae(profile, clip, ds, folder)[0]
-
-
-def _start_or_resume(profile: Profile, clip: Clip, ds, folder: Path, key: str, room: int = 3) -> Training:
-    s, saved = profile.sae, folder / "training.json"
-    there = saved.is_file()
-    if there and load_json(saved, "key")["key"] != key:
-        raise ValueError(f"{folder} holds a training with other settings; choose another folder or remove it.")
-    sae = _empty(profile, clip).to(clip.device) if there else new_sae(profile, clip, ds)
-    training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost, s.precision, room)
-    if there:
-        training.resume(folder)
-    return training
 
 
 def _empty(profile: Profile, clip: Clip) -> SparseAutoencoder:
@@ -151,28 +253,146 @@ def _empty(profile: Profile, clip: Clip) -> SparseAutoencoder:
     return SparseAutoencoder(clip.width, round(s.expansion * clip.width), generator, s.activation, s.k)
 
 
-def _log_row(number: int, step: Step) -> tuple:
-    """The number of a step and what it gave."""
-    return (number, *(round(value, 7) for value in torch.stack(step).tolist()))
+def run_key(profile: Profile, clip: Clip) -> str:
+    """Hash of the model's weights and of every setting that decides the trained autoencoder."""
+    settings = json.dumps([clip.fingerprint(), profile.sae_settings()], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
-def _save(training: Training, log: list, folder: Path, key: str) -> None:
-    # The log comes first: one that is ahead of its checkpoint is cut, one behind it would have a hole.
+def train_sae(profile: Profile, clip: Clip, ds: Images, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
+    """Train the profile's autoencoder on a data set, or continue from the last checkpoint in ``folder``.
+
+    Writes ``checkpoint.safetensors`` every ``save_every`` steps, ``log.csv`` beside it, and at the end, in the
+    checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns it and the log. Of several
+    processes the first one writes.
+    """
+    run = _Run(profile, clip, ds, Path(folder))
+    run.begin()
+    while run.training.steps_done < profile.sae.steps:
+        try:
+            run.go_on()
+        except TooManyActive:
+            run.begin(room=2 * run.training.room // ROOM)
+    sae = run.training.trained()
     if processes.rank() == 0:
-        table = pd.DataFrame(log, columns=LOG_COLUMNS)
-        write_atomically(folder / "log.csv", lambda path: table.to_csv(path, index=False))
-    training.save(folder)
-    if processes.rank() == 0:
-        save_json(folder / "training.json", {"key": key})
+        sae.save_pretrained(folder)
+        for name in ("training.json", "checkpoint.safetensors"):
+            (run.folder / name).unlink(missing_ok=True)
+    processes.wait()
+    return sae, pd.DataFrame(run.log, columns=LOG_COLUMNS)
 
 
-def _read_log(folder: Path, steps_done: int) -> list:
-    if steps_done == 0:
+class _Run:
+    """A training and its log, kept in a folder."""
+
+    def __init__(self, profile: Profile, clip: Clip, ds: Images, folder: Path):
+        self.profile, self.clip, self.ds, self.folder, self.key = profile, clip, ds, folder, run_key(profile, clip)
+
+    def begin(self, room: int = 1) -> None:
+        """Start, or take up the last checkpoint; with so many times the usual room for active latents."""
+        s, saved = self.profile.sae, self.folder / "training.json"
+        there = saved.is_file()
+        if there and load_json(saved, "key")["key"] != self.key:
+            raise ValueError(f"{self.folder} holds a training with other settings; choose another folder or remove it.")
+        sae = _empty(self.profile, self.clip).to(self.clip.device) if there else new_sae(
+            self.profile, self.clip, self.ds)
+        self.training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost, s.precision)
+        if there:
+            self.training.resume(self.folder)
+        self.training.make_room(room)
+        self.log = _read_log(self.folder / "log.csv", self.training.steps_done)
+
+    def go_on(self) -> None:
+        """Take all steps that are left, adding to the log and saving on the way."""
+        training, steps, recent = self.training, self.profile.sae.steps, []
+        bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
+                   disable=processes.rank() > 0 or None)
+        with bar:
+            for z in training_batches(self.profile, self.clip, self.ds, range(training.steps_done, steps)):
+                recent.append(training.step(z))
+                bar.update()
+                due = training.steps_done % self.profile.sae.save_every == 0 or training.steps_done == steps
+                if due or training.looked:
+                    first = training.steps_done - len(recent) + 1
+                    self.log += [_log_row(first + i, step) for i, step in enumerate(recent)]
+                    recent.clear()
+                    text = "mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}"
+                    bar.set_postfix_str(text.format(**dict(zip(LOG_COLUMNS, self.log[-1]))), refresh=False)
+                if due:
+                    if not training.looked:
+                        training.look()
+                    self._save()
+
+    def _save(self) -> None:
+        # The log comes first: one that is ahead of its checkpoint is cut, one behind it would have a hole.
+        if processes.rank() == 0:
+            table = pd.DataFrame(self.log, columns=LOG_COLUMNS)
+            write_atomically(self.folder / "log.csv", lambda path: table.to_csv(path, index=False))
+        self.training.save(self.folder)
+        if processes.rank() == 0:
+            save_json(self.folder / "training.json", {"key": self.key})
+
+
+def _read_log(path: Path, steps_done: int) -> list[tuple]:
+    """The rows of a log up to the step that its checkpoint is of."""
+    if not steps_done:
         return []
-    path = folder / "log.csv"
     try:
         table = pd.read_csv(path)
         return [tuple(row) for row in table[table["step"] <= steps_done][LOG_COLUMNS].itertuples(index=False)]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not go with its checkpoint ({error}); remove the folder and train "
                          "again.") from error
+
+
+def _log_row(number: int, step: Step) -> tuple:
+    """The number of a step and what it gave."""
+    return (number, *(round(value, 7) for value in torch.stack(step).tolist()))
+
+
+# Where b_dec starts -------------------------------------------------------------------------------------
+
+def initial_b_dec(z: torch.Tensor, how: str) -> torch.Tensor:
+    """Starting value of b_dec from tokens ``[B,T,D]``: ``[D]`` (A.1).
+
+    "geometric_median" of all tokens; "geometric_median_by_position" is the published variant (one median per
+    token position, then their mean); "mean"; "zeros".
+    """
+    if how == "geometric_median":
+        return geometric_median(z.flatten(0, 1))
+    if how == "geometric_median_by_position":
+        return geometric_median(z.transpose(0, 1)).mean(0)
+    if how == "mean":
+        return z.flatten(0, 1).mean(0)
+    if how == "zeros":
+        return torch.zeros(z.shape[-1], device=z.device)
+    raise ValueError(f"b_dec cannot start from {how!r}; choose geometric_median, geometric_median_by_position, "
+                     "mean or zeros.")
+
+
+@torch.no_grad()
+def geometric_median(points: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
+    """The point with the least sum of distances: ``[...,N,D] -> [...,D]``.
+
+    Weiszfeld's iteration, with Vardi and Zhang's step away from a data point that it would be caught in.
+    """
+    points = points.double()
+    median = points.mean(-2)
+    for _ in range(iterations):
+        moved = _weiszfeld_step(points, median)
+        done = (moved - median).norm(dim=-1).max() <= tolerance * moved.norm(dim=-1).max()
+        median = moved
+        if done:
+            break
+    return median.float()
+
+
+def _weiszfeld_step(points: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
+    """One iteration on ``[...,N,D]`` from ``[...,D]``."""
+    offset = points - median.unsqueeze(-2)
+    distance = offset.norm(dim=-1, keepdim=True)
+    weight = torch.where(distance > 0, 1 / distance, 0.0)
+    pull, here = (weight * offset).sum(-2), (distance == 0).sum(-2)
+    # The points at the median itself hold it with a force of at most their number.
+    hold = (1 - here / pull.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_min(0)
+    return median + hold * pull / weight.sum(-2).clamp_min(1e-300)

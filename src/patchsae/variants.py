@@ -8,32 +8,124 @@
 | jumprelu (Rajamanoharan et al. 2024) | above its own threshold, which is learned | the same | lambda * L0 |
 | matryoshka (Bussmann et al. 2025) | as batchtopk | as batchtopk; nested prefixes reconstruct | none |
 
-What is kept is cut at 0 in every one, so that latents are never negative.
+What is kept is cut at 0 in every one, so that latents are never negative. Each is a ``SparseAutoencoder`` that says
+what is different about it.
 """
 
 import torch
+from torch import nn
 
-ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka")
-#: Those of a fixed number of active latents per token, k.
-FIXED = ("topk", "batchtopk", "matryoshka")
-#: Those that choose latents over the whole batch in training, and by one threshold afterwards.
-BATCHED = ("batchtopk", "matryoshka")
+from patchsae.sae import SparseAutoencoder, ghost_loss, reconstruction_error
+from patchsae.weights.formats import checked_k
+
 #: Where the thresholds of jumprelu start, and the width of the kernel that moves them, both in units of latents.
 FIRST_THRESHOLD, BANDWIDTH = 0.5, 1.0
 #: Share of the batched variants' threshold that one training step leaves as it was.
 MEMORY = 0.99
 #: Divisors of the number of latents that give the prefixes of matryoshka.
 PREFIXES = (16, 8, 4, 2, 1)
+#: Weight of the auxiliary loss.
+AUXILIARY = 1 / 32
 
 
-def checked_k(activation: str, k: int, n_latents: int) -> int:
-    """k of the variants that fix it, which must be from 1 to the number of latents; 0 of the others."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
-    if activation in FIXED and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_latents):
-        raise ValueError(f"{activation} keeps k = {k!r} latents of {n_latents} per token; give a whole number from 1 "
-                         f"to {n_latents} as k.")
-    return k if activation in FIXED else 0
+class TopK(SparseAutoencoder):
+    """The k largest of each token."""
+
+    activation, l1_counts = "topk", 0.0
+
+    def prepare(self, k: int) -> None:
+        self.k = checked_k(self.activation, k, self.n_latents)
+
+    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+        return top_k(pre, self.k)
+
+    def encode_some(self, z: torch.Tensor, latents) -> torch.Tensor:
+        return self.encode(z)[..., latents]  # whether a latent is among the k largest depends on all of them
+
+
+class BatchTopK(SparseAutoencoder):
+    """The k N largest of a batch of N tokens; afterwards what is above one ``threshold []``, which training estimates.
+
+    Ghost gradients diverge here, since a dead latent that grows takes the places of others: dead latents have
+    ``auxiliary_loss``.
+    """
+
+    activation, l1_counts, steps_sparsely = "batchtopk", 0.0, False
+
+    def prepare(self, k: int) -> None:
+        self.k = checked_k(self.activation, k, self.n_latents)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+        return _Jump.apply(pre, self.threshold)
+
+    def activate_in_training(self, pre: torch.Tensor) -> torch.Tensor:
+        return batch_top_k(pre, self.k)
+
+    def revive(self, z, z_hat, m, pre, latents, dead) -> torch.Tensor:
+        return auxiliary_loss(z, z_hat, pre[..., latents], self.W_dec[latents], dead, self.k)
+
+    @torch.no_grad()
+    def after_step(self, h: torch.Tensor) -> None:
+        """The running mean of the smallest latent kept; 0 before the first step."""
+        least = torch.where(h > 0, h, torch.inf).amin()
+        moved = torch.where(self.threshold > 0, MEMORY * self.threshold + (1 - MEMORY) * least, least)
+        self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK of which the first n latents alone reconstruct z too, for every prefix n."""
+
+    activation = "matryoshka"
+
+    def error(self, z: torch.Tensor, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        lengths = prefixes(self.n_latents)
+        shorter = (reconstruction_error(z, h[..., :n] @ self.W_dec[:n] + self.b_dec).mean() for n in lengths[:-1])
+        return (m.mean() + sum(shorter)) / len(lengths)
+
+
+class JumpReLU(SparseAutoencoder):
+    """What is above a threshold ``exp(log_threshold [S])`` of each latent's own, which is learned; lambda weighs L0.
+
+    Ghosts are exp of pre - theta, so that thresholds come down too: with exp of pre alone, latents jump from silence to
+    large values on every token.
+    """
+
+    activation, steps_sparsely = "jumprelu", False
+
+    def prepare(self, k: int) -> None:
+        self.log_threshold = nn.Parameter(torch.full((self.n_latents,), FIRST_THRESHOLD).log())
+
+    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+        return _Jump.apply(pre, self.log_threshold[latents].exp())
+
+    def sparsity(self, pre: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return _Step.apply(pre, self.log_threshold.exp()).sum(-1).mean()
+
+    def revive(self, z, z_hat, m, pre, latents, dead) -> torch.Tensor:
+        above = pre[..., latents] - self.log_threshold[latents].exp()
+        return ghost_loss(z, z_hat, m, above, self.W_dec[latents], dead)
+
+
+_KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
+
+
+def kind_of(activation: str) -> type[SparseAutoencoder]:
+    """The class of an activation."""
+    if activation not in _KINDS:
+        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(_KINDS)}.")
+    return _KINDS[activation]
+
+
+def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
+    """Dead latents reconstruct the residual, the k strongest of each token (after Gao et al. 2024, A.2).
+
+        r = sg(z - z_hat);   mean of (top_k(pre[dead]) W_dec[dead] - r)^2 / ||z||_2, over 32
+
+    Arguments as in ``ghost_loss``.
+    """
+    h = top_k(pre.masked_fill(~dead, 0), min(k, len(dead)))
+    return AUXILIARY * reconstruction_error(z, h @ rows + z_hat.detach()).mean() * dead.any()
 
 
 def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
@@ -55,11 +147,9 @@ def batch_top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
     return top_k(pre.flatten(), k * (pre.numel() // pre.shape[-1])).view_as(pre)
 
 
-def moved_threshold(threshold: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """The running mean of the smallest kept latent ``[]`` after one more batch ``h [...,S]``; 0 before the first."""
-    least = torch.where(h > 0, h, torch.inf).amin()
-    moved = torch.where(threshold > 0, MEMORY * threshold + (1 - MEMORY) * least, least)
-    return torch.where(least.isfinite(), moved, threshold)
+def prefixes(n_latents: int) -> list[int]:
+    """Lengths of the nested prefixes of matryoshka, ascending and different, the last being all latents."""
+    return sorted({max(1, round(n_latents / divisor)) for divisor in PREFIXES})
 
 
 def _kernel(pre: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -67,7 +157,7 @@ def _kernel(pre: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     return ((pre - threshold).abs() < BANDWIDTH / 2).to(pre.dtype) / BANDWIDTH
 
 
-class JumpReLU(torch.autograd.Function):
+class _Jump(torch.autograd.Function):
     """relu(pre) H(pre - theta), ``[...,S]`` and ``[S]`` or ``[]`` (Rajamanoharan et al., eq. 11).
 
         d / d pre   = H(pre - theta)
@@ -88,7 +178,7 @@ class JumpReLU(torch.autograd.Function):
         return gradient * ((pre > threshold) & (pre > 0)), to_threshold
 
 
-class Step(torch.autograd.Function):
+class _Step(torch.autograd.Function):
     """H(pre - theta): whether each latent is active, ``[...,S]`` and ``[S]`` (Rajamanoharan et al., eq. 12).
 
         d / d pre = 0;   d / d theta = -K((pre - theta) / epsilon) / epsilon
@@ -103,8 +193,3 @@ class Step(torch.autograd.Function):
     def backward(ctx, gradient):
         pre, threshold = ctx.saved_tensors
         return None, (-_kernel(pre, threshold) * gradient).sum_to_size(threshold.shape)
-
-
-def prefixes(n_latents: int) -> list[int]:
-    """Lengths of the nested prefixes of matryoshka, ascending and different, the last being all latents."""
-    return sorted({max(1, round(n_latents / divisor)) for divisor in PREFIXES})

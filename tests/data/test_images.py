@@ -10,8 +10,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae import ArrayDataset, collect_latents
-from patchsae.activations import MOST_UNREADABLE, load_pixels, pixel_batches, token_batches
-from patchsae.buffer import TrainingTokens
+from patchsae.activations import MOST_UNREADABLE, TrainingTokens, load_pixels, pixel_batches, token_batches
 from patchsae.data.images import LONGEST, Crop, FileDataset, Unreadable, in_turn, read_image
 
 
@@ -184,7 +183,7 @@ def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 0.1)
     ds, rows = folder(tmp_path, 20, bad=(7,)), [np.array([1, 7, 3, 7]), np.array([4, 2])]
     kept = list(TrainingTokens(clip, ds, LAYER).batches(rows))
-    monkeypatch.setattr("patchsae.buffer.MEMORY", 0)
+    monkeypatch.setattr("patchsae.activations.MEMORY", 0)
     computed = list(TrainingTokens(clip, ds, LAYER).batches(rows))
     assert [len(z) for z in kept] == [len(z) for z in computed] == [2, 2]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, computed))

@@ -19,18 +19,19 @@ import sys
 import numpy as np, torch
 from pathlib import Path
 from conftest import random_clip_model
-from patchsae import ArrayDataset, processes
-import patchsae.steps
+import patchsae.train
+from patchsae import ArrayDataset
+from patchsae.fast import processes
 from patchsae.clip import Clip
 from patchsae.config import load_profile
 from patchsae.train import train_sae
 
 torch.set_num_threads(1)
 processes.join()
-WIDE, BELOW = patchsae.steps.WIDE, patchsae.steps.SPARSE_BELOW
+WIDE, BELOW = patchsae.train.WIDE, patchsae.train.SPARSE_BELOW
 for name, changes in eval(sys.argv[2]).items():
     sparse = changes.pop("sparse", False)
-    patchsae.steps.WIDE, patchsae.steps.SPARSE_BELOW = (0, {"cpu": 2.0}) if sparse else (WIDE, BELOW)
+    patchsae.train.WIDE, patchsae.train.SPARSE_BELOW = (0, {"cpu": 2.0}) if sparse else (WIDE, BELOW)
     settings = dict(expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2, l1=0.5, b_dec="mean")
     profile = load_profile("mini").with_sae(**settings | changes)
     ds = ArrayDataset(torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(11)), np.arange(24) % 5)
@@ -46,7 +47,7 @@ def launch(script: str, *arguments: str, n: int = 2, **more: str) -> list[tuple[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "data"), *filter(None, [os.environ.get("PYTHONPATH")])])
     shared = os.environ | more | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if n > 1:
         shared |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -5,7 +5,8 @@ import pytest
 
 from patchsae.config import load_profile
 from patchsae.studies import sweep
-from patchsae.train import committed_folder, run_folder, run_key, train_sae, trained_sae
+from patchsae.studies.study import committed_folder, run_folder, trained_sae
+from patchsae.train import run_key, train_sae
 
 
 def test_configurations_change_what_their_names_say():

@@ -22,7 +22,7 @@ from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted, adaptation_key, adapted_model
 from patchsae.studies.gallery import strongest
 from patchsae.studies.names import latent_names, reference_concepts
-from patchsae.train import trained_sae
+from patchsae.studies.study import trained_sae
 
 
 class View(NamedTuple):

@@ -27,6 +27,10 @@ class Unreadable(ValueError):
     """One image cannot be read; a pass over a data set goes on over a few of these."""
 
 
+class LostWorker(RuntimeError):
+    """A process that reads images has ended."""
+
+
 def content_id(image: np.ndarray | torch.Tensor) -> str:
     """Hash of an image's shape and bytes: 16 hexadecimal digits."""
     array = np.ascontiguousarray(image)

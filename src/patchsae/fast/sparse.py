@@ -4,6 +4,15 @@ A token has some 150 active latents of 49,152. Finding them takes one dense prod
 activations and the gradients of both weight matrices, four more such products in a dense step, are sums over the
 active latents here. Nothing waits for the device: on a GPU the number of active latents has a bound that is set
 beforehand, and that it was kept is asked for later.
+
+With a_ns = h_ns of token n and latent s where it is active, c_n = z_n - b_dec, and G_n = dL/dz_hat_n, which autograd
+gives, the chain rule reads, all sums over active pairs (n, s) alone:
+
+    z_hat_n   = sum_s a_ns W_dec[s] + b_dec            dL/dW_dec[s]   = sum_n a_ns G_n
+    p_ns      = dL/da_ns = <G_n, W_dec[s]> + lambda/N  dL/dW_enc[:,s] = sum_n p_ns c_n
+    dL/db_enc[s] = sum_n p_ns                          since da/d pre = 1 where a latent is active and 0 elsewhere
+    dL/db_dec = sum_n G_n - W_enc dL/db_enc            by way of z_hat, and by way of c_n = z_n - b_dec
+    ghosts add their own dL/d pre_nk and dL/d rows_k of the few dead latents k, dense, in the same four places
 """
 
 from typing import NamedTuple
@@ -84,7 +93,8 @@ def find_active(sae: SparseAutoencoder, z: torch.Tensor, candidates: torch.Tenso
         with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
             linear = F.linear if bf16 else onednn.linear
             pre = linear(part - sae.b_dec, sae.W_enc.T, sae.b_enc)
-        h = pre if sae.activation == "relu" else sae.activate(pre)
+        # What is above 0 is looked for below, which is all that relu does.
+        h = pre if type(sae) is SparseAutoencoder else sae.activate(pre)
         parts.append((*(_positive_within(h, capacity) if z.is_cuda else _positive(h)), pre[:, candidates].to(z.dtype)))
     if len(parts) == 1:
         counts, tokens, latents, values, pre_dead = parts[0]
@@ -129,8 +139,7 @@ def sparse_step(sae: SparseAutoencoder, z: torch.Tensor, l1: float, dead: torch.
     z_hat = weighted_sums(values, found.latents, found.offsets, sae.W_dec.detach().to(dtype)) + sae.b_dec.detach()
     z_hat.retain_grad()
     m = reconstruction_error(z, z_hat)
-    weight = l1 if sae.activation == "relu" else 0  # topk fixes how many are active
-    mse, sparsity, ghost = m.mean(), weight * values.sum() / len(z), m.new_zeros(())
+    mse, sparsity, ghost = m.mean(), l1 * sae.l1_counts * values.sum() / len(z), m.new_zeros(())
     if len(candidates):
         ghost = ghost_loss(z, z_hat, m, pre, rows, dead[candidates])
     total = mse + sparsity + ghost

@@ -30,7 +30,7 @@ from patchsae.studies.adapt import (
 from patchsae.studies.adaptation import correlations, group_sizes, interval, swap_table
 from patchsae.studies.fidelity import measure
 from patchsae.studies.remapping import concept_readout, image_latents, readout
-from patchsae.train import committed_folder, trained_sae
+from patchsae.studies.study import committed_folder, trained_sae
 from patchsae.weights.files import write_atomically
 from patchsae.world.probes import PROBED
 

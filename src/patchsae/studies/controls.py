@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 
-from patchsae.activations import token_batches
-from patchsae.buffer import training_rows, training_tokens
+from patchsae.activations import token_batches, training_rows, training_tokens
 from patchsae.clip import Clip
 from patchsae.config import Profile
-from patchsae.steps import Training
 from patchsae.studies.recovery import Directions, Split, latent_directions
-from patchsae.train import new_sae
+from patchsae.train import Training, new_sae
 
 #: Tokens that k-means and the principal components are computed from, and images that are shuffled, at most.
 MOST_TOKENS, MOST_IMAGES = 2**17, 4096

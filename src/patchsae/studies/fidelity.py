@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from patchsae.activations import token_batches
 from patchsae.clip import Clip, contrastive_loss
-from patchsae.sae import SparseAutoencoder, Variance
+from patchsae.sae import SparseAutoencoder
+from patchsae.studies.variance import Variance
 
 CONDITIONS = ("original", "spliced", "ablated")
 

@@ -28,8 +28,9 @@ from patchsae.studies.recovery import (
     resamples,
     shared_concepts,
 )
+from patchsae.studies.study import trained_sae
 from patchsae.studies.sweep import ACTIVATIONS
-from patchsae.train import run_key, trained_sae
+from patchsae.train import run_key
 from patchsae.weights.files import write_atomically
 
 #: Variant -> factor on a setting of [sae], or another value of it; layers are added from the profile.

@@ -1,16 +1,18 @@
 """What every notebook begins with: a profile's model, images, autoencoder and statistics, each made when first used."""
 
 import functools
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import Profile, device, start
+from patchsae.config import ROOT, Profile, device, start
 from patchsae.data.datasets import open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import trained_sae
+from patchsae.train import run_key, train_sae
 
 
 class Study:
@@ -75,3 +77,41 @@ class Study:
 def open_study(profile: Profile | str | None = None) -> Study:
     """Open a profile (by default the one that ``PROFILE`` names), with its number of threads and its seed set."""
     return Study(profile if isinstance(profile, Profile) else start(profile))
+
+
+# Where a profile's autoencoder is ------------------------------------------------------------------------
+
+def run_folder(profile: Profile, clip: Clip) -> Path:
+    """Where the profile's own training goes."""
+    return profile.run_dir / "sae" / run_key(profile, clip)
+
+
+def committed_folder(profile: Profile, clip: Clip) -> Path:
+    """Where the committed autoencoder of exactly these settings would be."""
+    return profile.data_dir / "sae" / run_key(profile, clip)
+
+
+def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
+    """The log of the committed training of exactly these settings, every tenth step of it, or None."""
+    path = committed_folder(profile, clip) / "log.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+def trained_sae(profile: Profile, clip: Clip, ds: Images) -> SparseAutoencoder:
+    """The profile's autoencoder: the one it names; or committed or trained before; else trained now on ``ds``."""
+    if profile.sae.weights:
+        return given_sae(profile, clip)
+    for folder in (committed_folder(profile, clip), run_folder(profile, clip)):
+        if (folder / "sae.safetensors").is_file():
+            return SparseAutoencoder.from_pretrained(folder, clip.device)
+    return train_sae(profile, clip, ds, folder)[0]
+
+
+def given_sae(profile: Profile, clip: Clip) -> SparseAutoencoder:
+    """The autoencoder that the profile names instead of training one."""
+    path = ROOT / profile.sae.weights
+    sae = SparseAutoencoder.from_pretrained(path if path.exists() else profile.sae.weights, clip.device)
+    if sae.d_model != clip.width:
+        raise ValueError(f"{profile.sae.weights} is for tokens of width {sae.d_model}, but {profile.model.name} has "
+                         f"{clip.width}; choose an autoencoder of this model.")
+    return sae

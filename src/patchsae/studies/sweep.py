@@ -13,7 +13,8 @@ from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import ROOT, Profile, device
 from patchsae.data.datasets import open_dataset, templates
 from patchsae.studies.fidelity import measure
-from patchsae.train import committed_folder, new_sae, run_folder, run_key, train_sae
+from patchsae.studies.study import committed_folder, run_folder
+from patchsae.train import new_sae, run_key, train_sae
 from patchsae.weights.files import write_atomically
 
 #: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.

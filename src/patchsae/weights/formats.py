@@ -18,11 +18,14 @@ from types import SimpleNamespace
 
 import torch
 
-from patchsae.variants import BATCHED, checked_k
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash, write_atomically
 from patchsae.weights.foreign import read_foreign
 
 OWN_FORMAT = "folder of this package"
+#: Activations that an autoencoder may have; those of a fixed number of active latents per token, k; and those that
+#: choose latents over the whole batch in training, and by one threshold afterwards.
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka")
+FIXED, BATCHED = ("topk", "batchtopk", "matryoshka"), ("batchtopk", "matryoshka")
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 #: Names of thresholds, which relu does not have.
 THRESHOLDS = ("threshold", "log_threshold")
@@ -232,6 +235,16 @@ def _only(stored: dict, name: str, file: Path) -> torch.Tensor:
         raise ValueError(f"{file} has {len(keys)} tensors called {name} where one is needed; give the file of an "
                          "autoencoder.")
     return stored[keys[0]]
+
+
+def checked_k(activation: str, k: int, n_latents: int) -> int:
+    """k of the activations that fix it, which must be from 1 to the number of latents; 0 of the others."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
+    if activation in FIXED and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n_latents):
+        raise ValueError(f"{activation} keeps k = {k!r} latents of {n_latents} per token; give a whole number from 1 "
+                         f"to {n_latents} as k.")
+    return k if activation in FIXED else 0
 
 
 def _checked_k(activation: str, k, tensors: dict[str, torch.Tensor], file: Path) -> int:
