@@ -1,6 +1,7 @@
 """Top-k masking against its slow twin, its selections against loops, and everything that can be given wrongly."""
 
 import collections
+import copy
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -397,11 +398,24 @@ def broken(name, lat, text):
         "nothing to rank by": {"lat": None},
         "ranking shape": {"ranking": torch.zeros(C, S - 1, dtype=torch.long)},
         "ranking twice": {"ranking": torch.zeros(C, S, dtype=torch.long)},
+        "ranking of floats": {"ranking": torch.rand(C, S)},
+        "text of nothing": {"text_features": text.index_fill(0, torch.tensor([3]), 0)},
+        "text not finite": {"text_features": text.index_fill(0, torch.tensor([1]), float("nan"))},
+        "half a latent": {"ks": [1.7]},
+        "ks as text": {"ks": "all"},
+        "seed twice": {"seed": [0, 0], "selection": "random"},
+        "selection twice": {"selection": ["class", "class"]},
+        "seed as text": {"seed": "0"},
+        "another block": {"lat": dataclasses.replace(lat, block=0)},
+        "classes in another order": {"lat": dataclasses.replace(lat, class_names=lat.class_names[::-1])},
     }[name]
 
 
 MISTAKES = {
-    "another SAE": "another autoencoder", "k too large": f"k = {S + 1} is not between 1 and {S}", "k of 0": "k = 0",
+    "another SAE": "another autoencoder", "k too large": f"k = {S + 1} is not a whole number between 1 and {S}",
+    "k of 0": "k = 0", "ranking of floats": "whole numbers", "text of nothing": "class 3", "text not finite": "class 1",
+    "half a latent": "k = 1.7", "ks as text": "give a list", "seed twice": "each once", "selection twice": "each once",
+    "seed as text": "seed '0'", "another block": "after block 0", "classes in another order": "another order",
     "text width": "width 9", "text classes": "3 text features", "selection": "class-unshared",
     "no counts": "No class has training images", "one class": "two classes", "nothing to rank by": "neither",
     "ranking shape": f"ranking of shape \\[{C}, {S - 1}\\]", "ranking twice": "every latent once",
@@ -412,6 +426,29 @@ MISTAKES = {
 def test_mistakes_are_one_clear_sentence(mistake, sae, clip, split, lat, text):
     with pytest.raises(ValueError, match=MISTAKES[mistake]) as error:
         topk_masking(clip, sae, split, layer=LAYER, **broken(mistake, lat, text))
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_one_sentence(value, sae, clip, split, lat, text):
+    """Otherwise every image would be of class 0, in a normal table."""
+    pixels = split.pixels.clone()
+    pixels[2, 0, 1, 1] = value
+    with pytest.raises(ValueError, match="position 2.*not finite") as error:
+        topk_masking(clip, sae, ArrayDataset(pixels, split.labels), lat, text, LAYER, KS)
+    assert one_sentence(error.value)
+
+
+def test_an_autoencoder_that_is_not_finite_is_one_sentence(sae, clip, split, text):
+    broken = copy.deepcopy(sae)
+    broken.W_dec.data[3, 0] = float("nan")
+    latents = collect_latents(clip, broken, split, LAYER)
+    with pytest.raises(ValueError, match="logits that are not finite") as error:
+        topk_masking(clip, broken, split, latents, text, LAYER, KS)
+    assert one_sentence(error.value)
+    broken.W_enc.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="not finite") as error:
+        collect_latents(clip, broken, split, LAYER)
     assert one_sentence(error.value)
 
 

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
-from patchsae.activations import pixel_batches
+from patchsae.activations import PixelBatch, finite_tokens, pixel_batches
 from patchsae.clip import Clip
+from patchsae.data.adapters import as_images
+from patchsae.data.images import Images
 from patchsae.sae import SparseAutoencoder
 
 #: "class": counts of the image's class (paper). "dataset": counts of all classes (paper). "random" (paper).
@@ -245,9 +247,13 @@ def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> 
     for batch in pixel_batches(clip, ds, batch_images, title):
         rows = wanted[batch.labels].nonzero()[:, 0]
         if len(rows):
-            labels = batch.labels[rows].tolist()
-            logits = batch_logits(setup, clip.below(batch.pixels[rows.to(clip.device)], setup.layer), labels)
-            yield logits.cpu(), labels, [batch.ids[i] for i in rows.tolist()]
+            labels, ids = batch.labels[rows].tolist(), [batch.ids[i] for i in rows.tolist()]
+            chosen = PixelBatch(batch.pixels[rows.to(clip.device)], batch.labels[rows], ids, batch.rows[rows.numpy()])
+            logits = batch_logits(setup, finite_tokens(clip, chosen, setup.layer), labels)
+            if not logits.isfinite().all():
+                raise ValueError("Images with latents switched off have logits that are not finite; check the weights "
+                                 "of the autoencoder and of the model.")
+            yield logits.cpu(), labels, ids
 
 
 def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
@@ -300,10 +306,16 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     ``id``, ``label``, ``prediction``, ``logits`` (cosine times temperature, array ``[C]``); "predictions" leaves
     the logits out. Classes without training images are left out; ``attrs["left_out"]`` says how many.
     """
-    ks, classes = _checked(sae, ds, lat, text_features, ks, ranking), _counted(lat, ranking)
-    arms = [make_arm(lat, name, s, ks, ranking) for name in np.atleast_1d(selection).tolist()
-            for s in np.atleast_1d(seed).tolist()[:None if name in CHANCE else 1]]
-    setup = Setup(clip, sae, torch.as_tensor(text_features).to(clip.device), layer, arms, len(ks), classes, add_error)
+    ds, ks = as_images(ds), _checked_ks(ks, sae.n_latents)
+    selections, seeds = _several(selection, "selection", str), _several(seed, "seed", int)
+    text = _checked_text(text_features)
+    if lat is not None:
+        _check_statistics(lat, sae, ds, clip.block(layer), ranked=ranking is not None)
+    _check_shapes(sae, ds, lat, text, ranking)
+    classes = _counted(lat, ranking)
+    arms = [make_arm(lat, name, s, ks, ranking) for name in selections
+            for s in seeds[:None if name in CHANCE else 1]]
+    setup = Setup(clip, sae, text.to(clip.device), layer, arms, len(ks), classes, add_error)
     edits = [("original", 0), ("spliced", sae.n_latents), *(("on", k) for k in ks), *(("off", k) for k in ks)]
     conditions = pd.DataFrame([(arm.selection, arm.seed, *edit) for arm in arms for edit in edits],
                               columns=["selection", "seed", "mode", "k"])
@@ -315,24 +327,66 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     return rows
 
 
-def _checked(sae, ds, lat, text, ks, ranking) -> list[int]:
-    """The values of k in order; or one sentence on what does not fit."""
+def _several(values, what: str, kind: type) -> list:
+    """One value or several different ones, as a list."""
+    listed = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
+    listed = [value.item() if isinstance(value, np.generic) else value for value in listed]
+    if wrong := [value for value in listed if type(value) is not kind]:
+        raise ValueError(f"The {what} {wrong[0]!r} is a {type(wrong[0]).__name__}; give {kind.__name__}s.")
+    if not listed or len(set(listed)) < len(listed):
+        raise ValueError(f"{what} is {values!r}; give at least one, and each once: a repeated one would count its "
+                         "images twice.")
+    return listed
+
+
+def _checked_ks(ks, n_latents: int) -> list[int]:
+    """The values of k in order, each once."""
+    if isinstance(ks, str) or not np.iterable(ks):
+        raise ValueError(f"ks is {ks!r}; give a list of how many latents to switch, such as [1, 10, 'all'].")
+    counts = {n_latents if k == "all" else k for k in ks}
+    if wrong := [k for k in counts if isinstance(k, (bool, str)) or int(k) != k or not 1 <= k <= n_latents]:
+        raise ValueError(f"k = {wrong[0]} is not a whole number between 1 and {n_latents}, the number of latents of "
+                         "this autoencoder; choose another k.")
+    return sorted(map(int, counts))
+
+
+def _checked_text(text_features) -> torch.Tensor:
+    """Text features ``[C,P]``, none of which is nothing."""
+    text = torch.as_tensor(text_features)
+    if text.ndim != 2 or not text.is_floating_point():
+        raise ValueError(f"Text features are {text.dtype} of shape {list(text.shape)}; give floats [C, P], one row a "
+                         "class.")
+    if bad := (~(text.isfinite().all(1) & text.any(1))).nonzero()[:, 0].tolist():
+        raise ValueError(f"The text features of class {bad[0]} are zero or not finite; make them again with this CLIP.")
+    return text
+
+
+def _check_statistics(lat, sae: SparseAutoencoder, ds: Images, block: int, ranked: bool) -> None:
+    """Refuse statistics of another autoencoder; and, unless a ranking was given, of another block or list of classes,
+    since they rank the latents then."""
+    if lat.sae_hash != sae.fingerprint():
+        raise ValueError("These latents were collected with another autoencoder; run collect_latents with it.")
+    if not ranked and lat.block != block:
+        raise ValueError(f"These latents were collected after block {lat.block}, not after block {block}; give the "
+                         "layer they are of.")
+    if not ranked and lat.class_names[:len(ds.class_names)] != ds.class_names:
+        raise ValueError("These latents were collected with other class names, or in another order, than these images "
+                         "have; use the training split of the same task.")
+
+
+def _check_shapes(sae: SparseAutoencoder, ds: Images, lat, text: torch.Tensor, ranking) -> None:
+    """Refuse classes, text features, latents and rankings of different numbers."""
     if lat is None and ranking is None:
         raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
-    if lat is not None and lat.sae_hash != sae.fingerprint():
-        raise ValueError("These latents were collected with another autoencoder; run collect_latents with this one.")
-    ks = sorted({sae.n_latents if k == "all" else int(k) for k in ks})
-    if wrong := [k for k in ks if not 1 <= k <= sae.n_latents]:
-        raise ValueError(f"k = {wrong[-1]} is not between 1 and {sae.n_latents}, the number of latents of this "
-                         "autoencoder; choose another k.")
     name, table = ("class counts", lat.class_counts) if ranking is None else ("ranking", ranking)
     table = torch.as_tensor(table)
+    if table.is_floating_point() or table.dtype == torch.bool:
+        raise ValueError(f"The {name} is {table.dtype}; give whole numbers, the latents of each class in order.")
     if tuple(table.shape) != (len(text), sae.n_latents) or len(ds.class_names) > len(text):
         raise ValueError(f"{len(ds.class_names)} classes of images, {len(text)} text features, {sae.n_latents} "
                          f"latents and {name} of shape {list(table.shape)} do not fit; use one task and autoencoder.")
     if ranking is None and not table.any():
         raise ValueError("No class has training images; collect latents from the training split of this task.")
-    return ks
 
 
 def _class_rows(batches: Iterator[tuple], conditions: pd.DataFrame) -> pd.DataFrame:
