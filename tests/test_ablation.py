@@ -17,13 +17,9 @@ from patchsae import ArrayDataset, SparseAutoencoder, load_clip, load_profile
 from patchsae.ablation import (
     CHANCE,
     SELECTIONS,
-    accuracy_table,
     active_latents,
-    bootstrap,
     class_order,
-    correctness,
     dataset_order,
-    difference_table,
     make_arm,
     masked_tokens,
     matched_order,
@@ -316,67 +312,6 @@ def test_same_bytes_twice(sae, clip, split, lat, text):
                 for _ in range(2))
     assert np.array_equal(np.stack(one.pop("logits").to_list()), np.stack(two.pop("logits").to_list()))
     pd.testing.assert_frame_equal(one, two)
-
-
-# Intervals ----------------------------------------------------------------------------------------------
-
-def test_intervals_are_those_of_scipy(sae, clip, split, lat, text):
-    from scipy.stats import bootstrap as scipy_bootstrap
-
-    values = (np.random.default_rng(0).random((200, 3)) < [0.1, 0.5, 0.9]).astype(float)
-    low, high = bootstrap(values, draws=4000)
-    for column, a, b in zip(values.T, low, high):
-        expected = scipy_bootstrap((column,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
-        assert abs(a - expected.low) < 0.012 and abs(b - expected.high) < 0.012
-    np.testing.assert_array_equal(bootstrap(values), bootstrap(values))
-    assert not np.array_equal(bootstrap(values, seed=0), bootstrap(values, seed=1))
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    numbers = np.random.default_rng(3)
-    samples = (numbers.random((150, 400)) < 0.3).astype(float)
-    low, high = bootstrap(samples, draws=1000)
-    assert 0.90 < ((low <= 0.3) & (0.3 <= high)).mean() < 0.99
-
-
-def test_tables_of_accuracies_and_paired_differences(sae, clip, split, lat, text):
-    images = topk_masking(clip, sae, split, lat, text, LAYER, KS, ["class", "matched"], per_image="predictions",
-                          seed=[0, 1, 2])
-    table = accuracy_table(images)
-    assert table.columns.tolist() == ["selection", "mode", "k", "seed", "accuracy", "low", "high"]
-    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
-    counts = topk_masking(clip, sae, split, lat, text, LAYER, KS, ["class", "matched"], seed=[0, 1, 2])
-    keys = ["selection", "mode", "k", "seed"]
-    summed = counts.groupby(keys)[["n", "correct"]].sum()
-    expected = (summed["correct"] / summed["n"]).loc[pd.MultiIndex.from_frame(table[keys])]
-    np.testing.assert_allclose(table["accuracy"], expected)
-    assert table["mode"][:2].tolist() == ["original", "spliced"] and table["k"][2:8].tolist() == KS
-
-    pooled = accuracy_table(images, pool_seeds=True).set_index(["selection", "mode", "k"])["accuracy"]
-    difference = difference_table(images)
-    assert difference.columns.tolist() == ["mode", "k", "difference", "low", "high"]
-    for row in difference.itertuples():
-        assert row.difference == pytest.approx(pooled["class", row.mode, row.k] - pooled["matched", row.mode, row.k])
-    unedited = difference[difference["mode"].isin(["original", "spliced"])]
-    assert (unedited[["difference", "low", "high"]] == 0).all(axis=None)
-
-
-def test_pairing_makes_differences_exact():
-    rng = np.random.default_rng(0)
-    hard = rng.random(300) < 0.5
-    rows = pd.DataFrame({"id": [*map(str, range(300))] * 2, "label": 1, "mode": "off", "k": 1, "seed": 0,
-                         "selection": np.repeat(["class", "matched"], 300),
-                         "prediction": np.concatenate([np.zeros(300, int), hard.astype(int)])})
-    worse = difference_table(rows)
-    assert worse["difference"][0] == pytest.approx(-hard.mean()) and worse["high"][0] < -0.35
-    same = rows.assign(prediction=np.tile(hard.astype(int), 2))
-    assert difference_table(same)[["low", "high"]].to_numpy().tolist() == [[0, 0]]
-
-
-def test_equal_images_are_all_counted(sae, clip, split, lat, text):
-    twice = ArrayDataset(torch.cat([split.pixels, split.pixels[:4]]), np.concatenate([split.labels, split.labels[:4]]))
-    images = topk_masking(clip, sae, twice, lat, text, LAYER, [1], per_image="predictions")
-    assert images["id"].nunique() == 23 and len(correctness(images)) == 27
 
 
 # What can be given wrongly ------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest, pearsonr, spearmanr, t
 
-from patchsae.ablation import accuracy_table, bootstrap, descending, topk_masking
+from patchsae.ablation import descending, topk_masking
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted, image_embeddings
+from patchsae.studies.intervals import accuracy_table, bootstrap
 
 SIDES = ("clip", "adapted")
 
