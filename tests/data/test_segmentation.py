@@ -87,7 +87,7 @@ def test_masks_are_read_as_scenes(ds):
             assert share[i, j, c] == pytest.approx(mask[4 * i:4 * i + 4, 4 * j:4 * j + 4].mean())
     np.testing.assert_array_equal(patch_coverage(ds, [0], ("noun",))[0], share.reshape(GRID**2, -1))
     assert patch_concepts(ds, [0], ("noun",)).any()
-    assert concept_list(("noun",), ds) == [("noun", name) for name in ds.concepts["noun"]]
+    assert concept_list(ds, ("noun",)) == [("noun", name) for name in ds.concepts["noun"]]
     assert ds.fingerprint() == ds.fingerprint()
 
 

@@ -150,7 +150,8 @@ def open_hub(task: str, split: str, n: int | None = None, size: int | None = Non
     names, labels = _hub_labels(table, row, hub)
     rows = [i for i, _ in in_turn(list(enumerate(labels.tolist())), n)]
     table = table.cast_column(hub["image"], datasets.Image(decode=False)).select(rows)
-    return HubDataset(table, hub["image"], labels[rows], names, size)
+    source = [hub["id"], hub.get("config"), hub["splits"][split], hub["revision"]] if "revision" in hub else ()
+    return HubDataset(table, hub["image"], labels[rows], names, size, source)
 
 
 def _hub_labels(table, row: dict, hub: dict) -> tuple[tuple[str, ...], np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from patchsae.config import Profile
 from patchsae.data.benchmarks import TABLE, open_benchmark
-from patchsae.data.images import FileDataset, Images, Item, content_id, hash_of, images_in, in_turn
+from patchsae.data.images import FileDataset, Images, Item, content_id, images_in, in_turn
 
 TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
 
@@ -38,10 +38,10 @@ class ArrayDataset(Images):
         image = self.pixels[i]
         return Item(image, int(self.labels[i]), content_id(image) if self._ids is None else self._ids[i])
 
-    def fingerprint(self) -> str:
-        """Hash of what the data set holds."""
+    def identity(self) -> list:
+        """Pixels, ids, labels and names."""
         contents, ids = [content_id(image) for image in self.pixels], list(map(str, self._ids or []))
-        return hash_of([contents, ids, self.labels.tolist(), self.class_names])
+        return [contents, ids, self.labels.tolist(), self.class_names]
 
 
 class FolderDataset(FileDataset):
@@ -72,9 +72,9 @@ class Subset(Images):
     def __getitem__(self, i: int) -> Item:
         return self.ds[int(self.rows[i])]._replace(label=int(self.labels[i]))
 
-    def fingerprint(self) -> str:
-        """Hash of what the data set holds."""
-        return hash_of([self.ds.fingerprint(), self.rows.tolist(), self.labels.tolist(), self.class_names])
+    def identity(self) -> list:
+        """What the whole holds, and which of it this is."""
+        return [self.ds.fingerprint(), self.rows.tolist(), self.labels.tolist(), self.class_names]
 
 
 @functools.lru_cache(maxsize=4)

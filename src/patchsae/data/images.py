@@ -1,5 +1,6 @@
 """Images in files: decoded and cropped one way everywhere, and counted where they cannot be read."""
 
+import functools
 import hashlib
 import json
 from io import BytesIO
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+
+from patchsae.data.hashes import file_hashes
 
 #: Images up to this many times longer than wide are resized as a whole, and then equal CLIP's own bit for bit.
 LONGEST = 8
@@ -117,15 +120,23 @@ class Images:
         raise ValueError(f"{type(self).__name__} has no ground truth; use images with masks.")
 
     def fingerprint(self) -> str:
-        """Hash of what the data set holds."""
+        """Hash of what the data set holds, computed once: 16 hexadecimal digits."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return hash_of(self.identity())
+
+    def identity(self) -> list:
+        """What decides the images, their order, their labels and how they are shown, as JSON can write it."""
         raise NotImplementedError
 
 
 class FileDataset(Images):
     """Images in files.
 
-    ``files``: pairs of a path and a label; ``root``: the folder they are in, left out of the fingerprint; ``size``:
-    pixels a side that CLIP's crop brings them to, so that maps over patches lie on what is shown; None leaves them.
+    ``files``: pairs of a path and a label; ``root``: the folder they are in; ``size``: pixels a side that CLIP's crop
+    brings them to, so that maps over patches lie on what is shown; None leaves them.
     """
 
     from_files = True
@@ -139,24 +150,23 @@ class FileDataset(Images):
         path, label = self.files[i]
         return _item(read_image(path, path), label, self.size)
 
-    def fingerprint(self) -> str:
-        """Hash of the names, labels, sizes and times of the files; a missing file counts as one of no size."""
-        rows = []
-        for path, label in self.files:
-            stat = path.stat() if path.is_file() else None
-            size, time = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
-            rows.append([str(path.relative_to(self.root)), label, size, time])
-        return hash_of([*rows, list(self.class_names), self.size])
+    def identity(self) -> list:
+        """What the files hold, not what they are called; one that cannot be read holds nothing."""
+        hashes = file_hashes(self.root, [path for path, _ in self.files])
+        return [[[hashes[path], label] for path, label in self.files], list(self.class_names), self.size]
 
 
 class HubDataset(Images):
-    """Images in a column of a Hugging Face table, decoded here and cropped as above; ``labels [N]`` are numbers."""
+    """Images in a column of a Hugging Face table, decoded here and cropped as above; ``labels [N]`` are numbers.
+
+    ``source``: what fixes the images where a revision of the hub does: its id, configuration, split and revision.
+    """
 
     from_files = True
 
-    def __init__(self, table, column: str, labels: np.ndarray, class_names, size: int | None = None):
+    def __init__(self, table, column: str, labels: np.ndarray, class_names, size: int | None = None, source=()):
         super().__init__(labels, class_names)
-        self.table, self.column, self.size = table, column, size
+        self.table, self.column, self.size, self.source = table, column, size, list(source)
 
     def __getitem__(self, i: int) -> Item:
         stored = self.table[int(i)][self.column]
@@ -164,9 +174,12 @@ class HubDataset(Images):
         image = read_image(stored["bytes"] or Path(stored["path"]), name)
         return _item(image, int(self.labels[i]), self.size)
 
-    def fingerprint(self) -> str:
-        """Hash of the table's own fingerprint, the labels and the names."""
-        return hash_of([self.table._fingerprint, self.labels.tolist(), list(self.class_names), self.size])
+    def identity(self) -> list:
+        """The revision that the images are of; where none is fixed, what they hold."""
+        stored = () if self.source else (self.table[i][self.column] for i in range(len(self)))
+        data = (image["bytes"] or Path(image["path"]).read_bytes() for image in stored)
+        images = self.source or [hashlib.sha256(image).hexdigest() for image in data]
+        return [images, self.labels.tolist(), list(self.class_names), self.size]
 
 
 def _item(image: np.ndarray, label: int, size: int | None) -> Item:

@@ -20,18 +20,20 @@ from PIL import Image, ImageDraw
 from patchsae.clip import Clip
 from patchsae.config import Profile
 from patchsae.data.datasets import open_dataset
-from patchsae.data.images import Crop, Images, Item, content_id, hash_of, read_image
+from patchsae.data.hashes import file_hashes
+from patchsae.data.images import Crop, Images, Item, content_id, read_image
 
 #: A pixel without a concept.
 NONE = -1
 
 
 class Entry(NamedTuple):
-    """One image: its file, its label, and ``read(size)``, which gives the concept of every pixel, int ``[h,w]``, -1 for
-    none, where ``size`` is the (width, height) of the image."""
+    """One image: its file, its label, the file of its mask, and ``read(size)``, which gives the concept of every pixel,
+    int ``[h,w]``, -1 for none, where ``size`` is the (width, height) of the image."""
 
     path: Path
     label: int
+    mask: Path
     read: Callable[[tuple[int, int]], np.ndarray]
 
 
@@ -62,11 +64,14 @@ class MaskedImage:
 
 
 class MaskedDataset(Images):
-    """Images with masks. ``concepts``: kind -> names; ``groups``: concept -> what it belongs to."""
+    """Images with masks in the folder ``root``. ``concepts``: kind -> names; ``groups``: concept -> what it belongs to."""
 
-    def __init__(self, entries: list[Entry], names, class_names, groups: dict, size: int, grid: int):
+    def __init__(self, root: Path, entries: list[Entry], names, class_names, groups: dict, size: int, grid: int):
+        if not entries:
+            raise FileNotFoundError(f"There are no images in {root}; unpack the data set there as its authors packed "
+                                    "it.")
         super().__init__([entry.label for entry in entries], class_names)
-        self.entries, self.groups, self.concepts = entries, groups, {"noun": tuple(names)}
+        self.root, self.entries, self.groups, self.concepts = root, entries, groups, {"noun": tuple(names)}
         self.size, self.grid = size, grid
 
     def scene(self, i: int) -> MaskedImage:
@@ -85,11 +90,11 @@ class MaskedDataset(Images):
         image = self.scene(i).image
         return Item(image, int(self.labels[i]), content_id(image))
 
-    def fingerprint(self) -> str:
-        """Hash of the names, sizes and times of the files, the labels, and how they are cut."""
-        stats = [(entry.path.name, entry.path.stat()) for entry in self.entries]
-        files = [[name, s.st_size, s.st_mtime_ns] for name, s in stats]
-        return hash_of([*files, self.labels.tolist(), self.size, self.grid])
+    def identity(self) -> list:
+        """What the images and masks hold, the labels, what the numbers of the masks mean, and how they are cut."""
+        hashes = file_hashes(self.root, [path for entry in self.entries for path in (entry.path, entry.mask)])
+        files = [[hashes[entry.path], hashes[entry.mask]] for entry in self.entries]
+        return [files, self.labels.tolist(), self.concepts, self.groups, self.class_names, self.size, self.grid]
 
 
 def _open(path: Path) -> Image.Image:
@@ -114,12 +119,14 @@ def ade20k(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
     scene = dict(line.split()[:2] for line in _lines(folder / "sceneCategories.txt"))
     classes = sorted(set(scene.values()))
 
-    def read(name: str, _size) -> np.ndarray:
-        return np.asarray(_open(folder / "annotations" / part / f"{name}.png")).astype(np.int32) - 1
+    def read(mask: Path, _size) -> np.ndarray:
+        return np.asarray(_open(mask)).astype(np.int32) - 1
 
-    entries = [Entry(path, classes.index(scene[path.stem]), functools.partial(read, path.stem))
+    masks = folder / "annotations" / part
+    entries = [Entry(path, classes.index(scene[path.stem]), (mask := masks / f"{path.stem}.png"),
+                     functools.partial(read, mask))
                for path in sorted((folder / "images" / part).glob("*.jpg"))]
-    return MaskedDataset(_some(entries, folder), names, classes, {}, size, grid)
+    return MaskedDataset(folder, entries, names, classes, {}, size, grid)
 
 
 def partimagenet(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
@@ -145,10 +152,10 @@ def partimagenet(folder: Path, split: str, size: int, grid: int) -> MaskedDatase
     images = sorted(content["images"], key=lambda image: image["file_name"])
     classes = sorted({Path(image["file_name"]).name.split("_")[0] for image in images})
     entries = [Entry(folder / "images" / part / Path(image["file_name"]).name,
-                     classes.index(Path(image["file_name"]).name.split("_")[0]),
+                     classes.index(Path(image["file_name"]).name.split("_")[0]), path,
                      functools.partial(read, outlines.get(image["id"], []))) for image in images]
     groups = {c["name"]: c["supercategory"] for c in categories}
-    return MaskedDataset(_some(entries, folder), list(groups), classes, groups, size, grid)
+    return MaskedDataset(folder, entries, list(groups), classes, groups, size, grid)
 
 
 def oxford_pets(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
@@ -159,19 +166,14 @@ def oxford_pets(folder: Path, split: str, size: int, grid: int) -> MaskedDataset
     species = {breed[int(number)]: {"1": "cat", "2": "dog"}[kind] for _, number, kind, *_ in listed}
     names = [breed[number] for number in sorted(breed)]
 
-    def read(name: str, label: int, _size) -> np.ndarray:
-        return np.where(np.asarray(_open(folder / "annotations" / "trimaps" / f"{name}.png")) == 1, label, NONE)
+    def read(mask: Path, label: int, _size) -> np.ndarray:
+        return np.where(np.asarray(_open(mask)) == 1, label, NONE)
 
+    masks = folder / "annotations" / "trimaps"
     entries = [Entry(folder / "images" / f"{name}.jpg", (label := names.index(breed[int(number)])),
-                     functools.partial(read, name, label))
+                     (mask := masks / f"{name}.png"), functools.partial(read, mask, label))
                for name, number, *_ in sorted(listed)]
-    return MaskedDataset(_some(entries, folder), names, names, species, size, grid)
-
-
-def _some(entries: list[Entry], folder: Path) -> list[Entry]:
-    if not entries:
-        raise FileNotFoundError(f"There are no images in {folder}; unpack the data set there as its authors packed it.")
-    return entries
+    return MaskedDataset(folder, entries, names, names, species, size, grid)
 
 
 #: Folder under ``data/<profile>/segmentation/`` -> its reader.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from patchsae.data.images import Images, Item, content_id, hash_of
+from patchsae.data.images import Images, Item, content_id
 from patchsae.world.scenes import CONCEPTS, GROUPS, VERSION, Scene, class_names, draw_scene
 
 #: Scenes of different splits never share a seed. Seed 2 drew the pre-training of the mini CLIP.
@@ -31,6 +31,6 @@ class SceneDataset(Images):
         scene = self.scene(i)
         return Item(scene.image, scene.label, content_id(scene.image))
 
-    def fingerprint(self) -> str:
-        """Hash of what the data set holds: scenes follow from their names and the version of the drawing."""
-        return hash_of([self.task, self.split, self.n, VERSION])
+    def identity(self) -> list:
+        """Scenes follow from their names and the version of the drawing."""
+        return [self.task, self.split, self.n, VERSION]
