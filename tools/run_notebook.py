@@ -66,39 +66,27 @@ def one_at_a_time(path: Path):
 
 # Outputs
 
-def is_noise(output) -> bool:
-    """Progress bars, warnings and live widgets: they mean nothing in a stored notebook."""
-    return output.get("name") == "stderr" or WIDGET_VIEW in output.get("data", {})
-
-
-def clean_cell(cell, count: int | None) -> None:
-    """Keep a code cell's source, tags and lasting outputs, and number it."""
-    cell.execution_count = count
-    cell.outputs = [output for output in cell.outputs if not is_noise(output)]
-    for output in cell.outputs:
-        if output.output_type == "execute_result":
-            output.execution_count = count
-
-
 def clean(notebook):
-    """Leave nothing in an executed notebook that differs between two equal runs."""
+    """Leave nothing in an executed notebook that differs between two equal runs.
+
+    Progress bars, warnings and live widgets mean nothing when it is stored; the cells are numbered from 1.
+    """
     kept = {key: value for key, value in notebook.metadata.items() if key == "patchsae"}
     spec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": spec, "language_info": {"name": "python"}} | kept
     count = 0
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-        if cell.cell_type == "code":
-            count += bool(cell.source.strip())
-            clean_cell(cell, count if cell.source.strip() else None)
+        if cell.cell_type != "code":
+            continue
+        count += bool(cell.source.strip())
+        cell.execution_count = count if cell.source.strip() else None
+        cell.outputs = [output for output in cell.outputs
+                        if output.get("name") != "stderr" and WIDGET_VIEW not in output.get("data", {})]
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = cell.execution_count
     return notebook
-
-
-def notebook_text(notebook) -> str:
-    """The bytes that JupyterLab would store."""
-    import nbformat
-
-    return nbformat.writes(notebook).rstrip("\n") + "\n"
 
 
 def output_texts(cell: dict) -> list[str]:
@@ -111,19 +99,14 @@ def output_texts(cell: dict) -> list[str]:
     return [EMBEDDED_IMAGE.sub("", text) for text in texts]
 
 
-def machine_traces(text: str) -> list[str]:
-    """Paths of a machine and addresses in its memory that occur in a text."""
-    here = [str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()]
-    return MACHINE.findall(text) + [path for path in here if len(path) > 1 and path in text]
-
-
 def check_outputs(notebook, name: str) -> None:
-    """Refuse outputs that only this machine can have."""
+    """Refuse outputs that only this machine can have: its paths, and addresses in its memory."""
+    here = [path for path in (str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()) if len(path) > 1]
     for cell in notebook.cells:
-        if traces := [trace for text in output_texts(cell) for trace in machine_traces(text)]:
-            where = f"the output of cell {cell.execution_count} in notebooks/{name}.ipynb"
-            advice = "print relative paths and no bare objects"
-            raise SystemExit(f"Nothing was stored, because {where} holds {traces[0]!r}; {advice}.")
+        for text in output_texts(cell):
+            if traces := MACHINE.findall(text) + [path for path in here if path in text]:
+                raise SystemExit(f"Nothing was stored, because the output of cell {cell.execution_count} in notebooks/"
+                                 f"{name}.ipynb holds {traces[0]!r}; print relative paths and no bare objects.")
 
 
 # Running
@@ -137,7 +120,8 @@ def kernel_environment(root: Path, manifest: Path, profile: str) -> dict[str, st
 
 
 def execute(path: Path, environment: dict[str, str]):
-    """Run all cells in a new kernel of this interpreter, in the notebook's folder, and clean the result."""
+    """Run all cells in a new kernel of this interpreter, in the notebook's folder; returns the clean result, parsed and
+    as text."""
     # Imported here: looking whether anything is to be done should not wait for it.
     import nbformat
     from jupyter_client.kernelspec import KernelSpecManager
@@ -156,47 +140,40 @@ def execute(path: Path, environment: dict[str, str]):
         raise SystemExit(f"{error}\n{path.stem} failed; mend the cell above and run it again.") from None
     except (DeadKernelError, RuntimeError, AssertionError):  # the last when nbclient itself is interrupted
         raise SystemExit(f"{path.stem} was interrupted or ran out of memory; run it again.") from None
-    return clean(notebook)
+    # The text is what JupyterLab would store, byte by byte.
+    return clean(notebook), nbformat.writes(notebook).rstrip("\n") + "\n"
 
 
-def processor_seconds() -> float:
-    """Seconds that the kernels of this process have computed so far, on all cores together."""
+def used_so_far() -> tuple[float, int]:
+    """What the kernels of this process took: seconds on all cores together, and most bytes held at once."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def peak_memory() -> int:
-    """Most bytes that a kernel of this process held at once."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool = False) -> None:
     """Bring one notebook, and those it runs after, up to date."""
     key = notebook_key(name, profile, root)
     path = root / "notebooks" / f"{name}.ipynb"
-    for other in runs_after(read_notebook(path), name, root):
+    for other in runs_after(read_notebook(path), name):
         run(other, root, profile, quiet=True)
-    build = root / "build" / profile
+    build = root / "build" / Path(profile).stem
     stamp, manifest = build / f"{name}.json", build / f"{name}.manifest"
     with one_at_a_time(build / f"{name}.lock"):
         if not in_place and is_up_to_date(stamp, key, root):
             return None if quiet else print(f"{name}: up to date", flush=True)
-        start, computed = time.monotonic(), processor_seconds()
+        start, (computed, _) = time.monotonic(), used_so_far()
         stamp.unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
-        notebook = execute(path, kernel_environment(root, manifest, profile))
+        notebook, text = execute(path, kernel_environment(root, manifest, profile))
         files = written_files(manifest, root)
-        text = notebook_text(notebook)
         write_text(build / f"{name}.ipynb", text)
         if in_place:
             check_outputs(notebook, name)
             write_text(path, text)
-        took = {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak_memory(),
-                "processor_seconds": round(processor_seconds() - computed, 1)}
+        seconds, (processor, peak) = time.monotonic() - start, used_so_far()
+        took = {"seconds": round(seconds, 1), "processor_seconds": round(processor - computed, 1), "peak_bytes": peak}
         write_text(stamp, json.dumps({"key": key, "files": files} | took, indent=1) + "\n")
-    figures = sum(file.endswith(".png") for file in files)
-    print(f"{name}: {time.monotonic() - start:.0f} s, {figures} figures", flush=True)
+    print(f"{name}: {seconds:.0f} s, {sum(file.endswith('.png') for file in files)} figures", flush=True)
 
 
 def main() -> None:

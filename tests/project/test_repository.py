@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from notebook_key import notebook_key, used_rooms  # noqa: E402
+from notebook_key import notebook_key, used_files  # noqa: E402
 from run_notebook import MACHINE, output_texts  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -194,14 +194,22 @@ def test_notebook_begins_with_a_title(path):
     assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# ")
 
 
-# What is run again: a small repository with two notebooks and four rooms
+# What is run again: a small repository with two notebooks and rooms in folders
 
 ROOMS = {
-    "__init__": "from .config import ROOT\nfrom patchsae.sae import Autoencoder\nfrom .maple import MaPLe\n",
+    "__init__": "TYPE_CHECKING = False\nif TYPE_CHECKING:\n    from patchsae.maple import MaPLe\n"
+                "_ROOMS = {'ROOT': 'config', 'Autoencoder': 'sae',\n          'MaPLe': 'maple'}\n"
+                "def __getattr__(name):\n    from importlib import import_module\n    if name not in _ROOMS:\n"
+                "        raise AttributeError(name)\n"
+                "    return getattr(import_module(f'patchsae.{_ROOMS[name]}'), name)\n",
     "config": "from pathlib import Path\nROOT = Path(__file__).resolve().parents[2]\n",
-    "sae": "from . import config\nAutoencoder = config.ROOT\n",
-    "maple": "from patchsae.config import ROOT\nMaPLe = 'words.json'\n",
-    "figures": "import patchsae.sae\nSTYLE = 'style.mplstyle'\n",
+    "sae": "from patchsae import config\nAutoencoder = config.ROOT\n",
+    "maple": "def words():\n    from patchsae.data.words import WORDS\n",
+    "data/__init__": "",
+    "data/words": "WORDS = 'words.json'\n",
+    "figures/__init__": "from patchsae.figures.plots import *\n",
+    "figures/plots": "import patchsae.sae\n",
+    "figures/sheets": "",
 }
 SETUP = """import os
 from patchsae import Autoencoder, ROOT
@@ -229,15 +237,14 @@ def write_notebook(root: Path, name: str, *code: str, title: str = "# Title", me
 def repository(tmp_path, monkeypatch) -> Path:
     """A repository of the same shape as this one, with nothing in it to compute."""
     monkeypatch.delenv("PATCHSAE_FIGURES", raising=False)
-    package = tmp_path / "src" / "patchsae"
-    for folder in (package / "profiles", tmp_path / "notebooks", tmp_path / "data" / "mini" / "run"):
-        folder.mkdir(parents=True)
-    for name, source in ROOMS.items():
-        (package / f"{name}.py").write_text(source)
-    for file in ("words.json", "style.mplstyle", "profiles/mini.toml", "profiles/paper.toml"):
-        (package / file).write_text("")
-    for file in ("requirements.lock", "data/mini/model.json", "data/mini/run/cache.json"):
-        (tmp_path / file).write_text("")
+    sources = {f"src/patchsae/{name}.py": source for name, source in ROOMS.items()}
+    data = ("data/words.json", "figures/style.mplstyle", "profiles/mini.toml", "profiles/paper.toml")
+    sources |= dict.fromkeys((f"src/patchsae/{file}" for file in data), "")
+    sources |= dict.fromkeys(("requirements.lock", "data/mini/model.json", "data/mini/run/cache.json"), "")
+    for file, source in sources.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(source)
+    (tmp_path / "notebooks").mkdir()
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     write_notebook(tmp_path, "01_train_sae", SETUP, "save('losses.png', 'falling')")
     write_notebook(tmp_path, "02_statistics", SETUP, "save('scatter.png', 'points')")
@@ -254,18 +261,25 @@ def key(root: Path) -> str:
     return notebook_key("02_statistics", "mini", root)
 
 
-def test_rooms_are_found_through_the_package_and_each_other(repository):
+def test_files_are_found_through_the_package_and_each_other(repository):
     package = repository / "src" / "patchsae"
-    assert used_rooms("from patchsae import Autoencoder", package) == {"sae", "config"}
-    assert used_rooms("def f():\n    from patchsae.maple import MaPLe as M", package) == {"maple", "config"}
-    assert used_rooms("from patchsae import figures\nimport numpy", package) == {"figures", "sae", "config"}
-    assert used_rooms("import patchsae", package) == {"config", "sae", "maple", "figures"}
-    assert used_rooms("import patchsaeother, torch", package) == set()
+
+    def used(code: str) -> set[str]:
+        return {path.relative_to(package).as_posix().removesuffix(".py") for path in used_files(code, package)}
+
+    base, words = {"__init__", "sae", "config"}, {"data/__init__", "data/words", "data/words.json"}
+    figures = {"figures/__init__", "figures/plots", "figures/style.mplstyle"}
+    assert used("from patchsae import Autoencoder") == base == used("import patchsae.sae as s")
+    assert used("def f():\n    from patchsae.maple import MaPLe as M") == {"__init__", "maple"} | words
+    assert used("from patchsae import figures\nimport numpy") == base | figures
+    assert used("from patchsae.figures.sheets import a, b") == base | figures | {"figures/sheets"}
+    assert used("import patchsae") == base | {"maple"} | words
+    assert used("import patchsaeother, torch") == used("1 +") == set()
 
 
 @pytest.mark.parametrize("file", [
-    "src/patchsae/sae.py", "src/patchsae/config.py", "src/patchsae/profiles/mini.toml", "requirements.lock",
-    "data/mini/model.json"])
+    "src/patchsae/sae.py", "src/patchsae/config.py", "src/patchsae/__init__.py", "src/patchsae/profiles/mini.toml",
+    "requirements.lock", "data/mini/model.json"])
 def test_key_changes_with_what_the_notebook_uses(repository, file):
     before = key(repository)
     append(repository / file)
@@ -273,18 +287,34 @@ def test_key_changes_with_what_the_notebook_uses(repository, file):
 
 
 @pytest.mark.parametrize("file", [
-    "src/patchsae/maple.py", "src/patchsae/figures.py", "src/patchsae/__init__.py", "src/patchsae/words.json",
-    "src/patchsae/profiles/paper.toml", "src/patchsae/style.mplstyle", "data/mini/run/cache.json"])
+    "src/patchsae/maple.py", "src/patchsae/figures/plots.py", "src/patchsae/data/words.json",
+    "src/patchsae/profiles/paper.toml", "src/patchsae/figures/style.mplstyle", "data/mini/run/cache.json"])
 def test_key_stays_when_something_else_changes(repository, file):
     before = key(repository)
     append(repository / file)
     assert key(repository) == before
 
 
-def test_data_file_that_no_room_names_always_counts(repository):
-    before = key(repository)
-    (repository / "src/patchsae/table.json").write_text("{}")
-    assert key(repository) != before
+def test_key_follows_a_profile_of_the_project_and_what_it_names(repository, tmp_path_factory, monkeypatch):
+    """Weights count by content, images by name and size, wherever they lie."""
+    home, pets = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("pets")
+    monkeypatch.setenv("PATCHSAE_HOME", str(home))
+    for file, content in ((home / "out.pt", "weights"), (pets / "cat" / "run" / "1.jpg", "image")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    (home / "profiles").mkdir()
+    (home / "profiles" / "pets.toml").write_text(f"[data]\nimages = '{pets}'\n[sae]\nweights = 'out.pt'\n")
+    keys = [notebook_key("02_statistics", "pets", repository)]
+    assert keys[0] == notebook_key("02_statistics", str(home / "profiles" / "pets.toml"), repository)
+    (home / "out.pt").write_text("WEIGHTS")
+    keys.append(notebook_key("02_statistics", "pets", repository))
+    (pets / "cat" / "run" / "1.jpg").rename(pets / "cat" / "run" / ".1.jpg")
+    keys.append(notebook_key("02_statistics", "pets", repository))
+    append(home / "profiles" / "pets.toml")
+    keys.append(notebook_key("02_statistics", "pets", repository))
+    assert len(set(keys)) == 4
+    with pytest.raises(SystemExit, match="no profile 'dogs'; set PROFILE to one of mini, paper, pets"):
+        notebook_key("02_statistics", "dogs", repository)
 
 
 def test_key_reads_code_and_not_prose(repository):
