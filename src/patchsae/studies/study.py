@@ -1,5 +1,6 @@
 """What every notebook begins with: a profile's model, images, autoencoder and statistics, each made when first used."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from patchsae.data.datasets import open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import run_key, train_sae
+from patchsae.train import new_sae, run_key, train_sae
 
 
 class Study:
@@ -55,6 +56,32 @@ class Study:
     def text(self) -> torch.Tensor:
         """Text features of the task's classes, ``[C,P]``."""
         return class_prototypes(self.clip, self.test.class_names, templates(self.profile, self.profile.data.task))
+
+    def training(self) -> tuple[SparseAutoencoder, pd.DataFrame | None]:
+        """Train the profile's autoencoder now and here, or go on with what was begun: it and its log. Where the
+        profile names weights, these and None."""
+        if self.profile.sae.weights:
+            return self.sae, None
+        self.sae, log = train_sae(self.profile, self.clip, self.train, run_folder(self.profile, self.clip))
+        return self.sae, log
+
+    def untrained(self) -> SparseAutoencoder:
+        """The autoencoder before training, of the width of ``sae``: a floor for every measure."""
+        expansion = self.sae.n_latents / self.clip.width  # given weights may have another one than the profile says
+        settings = dataclasses.replace(self.profile.sae, expansion=expansion)
+        return new_sae(dataclasses.replace(self.profile, sae=settings), self.clip, self.train)
+
+    def committed_log(self) -> pd.DataFrame | None:
+        """The log of the committed training of exactly these settings, every tenth step of it, or None."""
+        return committed_log(self.profile, self.clip)
+
+    def check(self, name: str, value: float) -> None:
+        """Print a number that the profile's [expected] has a bound for, and fail where it is not above it; where there
+        is none, say that it was not checked."""
+        bound = self.profile.expected(name, None)
+        print(f"{name} = {value:.3f}: " + ("not checked, this profile states no bound" if bound is None else
+                                           f"at least {bound} is expected"))
+        assert bound is None or value >= bound, f"{name} is {value:.3f}, less than the {bound} that is expected"
 
     def images(self, task: str, split: str) -> Images:
         """The images of any task of the profile."""
