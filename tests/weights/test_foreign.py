@@ -17,7 +17,7 @@ import torch
 from conftest import one_sentence
 
 from patchsae.weights.foreign import read_foreign
-from patchsae.weights.pickles import Name, Record
+from patchsae.weights.foreign import Record
 
 RAN = []
 
@@ -93,13 +93,13 @@ def test_everything_torch_writes_is_read(tmp_path, foreign_config, zipped, proto
     assert all(same(found["state_dict"][name], tensor) for name, tensor in tensors.items())
     assert found["plain"] == plain and found["scheduler"]["last_epoch"] == 3
     live = found["scheduler"]["successor"]
-    assert isinstance(live, Record) and live.fields["T_max"] == 5 and live.fields["optimizer"].kind.endswith("SGD")
+    assert isinstance(live, Record) and live["T_max"] == 5 and live["optimizer"].kind.endswith("SGD")
     momentum = found["optimizer"]["state"][0]["momentum_buffer"]
     assert same(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
     config = found["cfg"]
     assert config.kind == "sae_training.config.Config" and not RAN
-    assert config.fields["lr"] == 4e-4 and config.fields["dtype"] == Name("torch.float32")
-    assert config.fields["device"].arguments == ("cuda",) and config.fields["others"].fields == {"seed": 3}
+    assert config["lr"] == 4e-4 and config["dtype"] is torch.float32
+    assert config["device"].arguments == ("cuda",) and config["others"] == {"seed": 3}
 
 
 class WarmUp:
@@ -148,14 +148,14 @@ def test_official_maple_checkpoint(tmp_path, monkeypatch, depth, keys):
     found = read_foreign(tmp_path / "model.pth.tar-5")
     assert found["epoch"] == 5 and found["val_result"] is None and len(found["state_dict"]) == keys
     assert all(same(found["state_dict"][name], tensor) for name, tensor in w.items())
-    assert isinstance(found["scheduler"]["own"], Record) and found["scheduler"]["successor"].fields["T_max"] == 5
+    assert isinstance(found["scheduler"]["own"], Record) and found["scheduler"]["successor"]["T_max"] == 5
 
 
 def test_scripted_module_is_read_as_its_attributes(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).half()
     torch.jit.script(module).save(tmp_path / "a.pt")
     found = read_foreign(tmp_path / "a.pt")
-    assert same(found["0"].fields["weight"], module[0].weight) and same(found["1"].fields["bias"], module[1].bias)
+    assert same(found["0"]["weight"], module[0].weight) and same(found["1"]["bias"], module[1].bias)
 
 
 # Hostile files
@@ -199,7 +199,7 @@ def test_hostile_class_of_the_right_name_stays_inert(tmp_path, monkeypatch):
     config.lr = 1
     torch.save({"cfg": config}, tmp_path / "a.pt")
     RAN.clear()
-    assert read_foreign(tmp_path / "a.pt")["cfg"].fields == {"lr": 1}
+    assert read_foreign(tmp_path / "a.pt")["cfg"] == {"lr": 1}
     assert not RAN
 
 

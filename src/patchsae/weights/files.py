@@ -1,15 +1,20 @@
 """Reading and writing weights: safetensors beside a JSON file, written to a temporary name and renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+#: The weights of a model in the layout of transformers: one file, or several that ``<name>.index.json`` lists.
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
@@ -18,11 +23,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # of the user's new files; safetensors has one of its own
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"Cannot write {path}: {reason}; free space there or choose another folder.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free space there or choose another folder" if full else "choose a folder that can be written to"
+        raise OSError(f"Cannot write {path}: {error.strerror or error}; {advice}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -37,7 +46,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
         try:
             save_file(plain, temporary)
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
     return write_atomically(path, write)
 
@@ -63,11 +73,48 @@ def load_json(path: Path, *keys: str) -> dict:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and make it again.") from error
     if not isinstance(content, dict) or not set(keys) <= set(content):
         raise ValueError(f"{path} lacks some of {', '.join(keys)}; remove it and make it again.")
     return content
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights in the layout of transformers, safetensors first; none, if there are none.
+
+    An index may name files of its own folder alone.
+    """
+    for name in MODEL_FILES:
+        index = Path(folder) / f"{name}.index.json"
+        if (Path(folder) / name).is_file():
+            return [Path(folder) / name]
+        if index.is_file():
+            parts = load_json(index, "weight_map")["weight_map"]
+            parts = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+            files = [Path(folder) / part for part in parts]
+            if not files or any(file.name != part or not file.is_file() for file, part in zip(files, parts)):
+                raise ValueError(f"{index} does not name files of weights beside it; fetch the model again.")
+            return files
+    return []
+
+
+def from_hub(name: str, what: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a repository on the hub, downloaded or in the cache: of its files those that fit the patterns."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"There is no {what} at {name}: no such file or folder, and the hub does not give it "
+                                f"({type(error).__name__}); check the name and the network.") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hubs and web sites state it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

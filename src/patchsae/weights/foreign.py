@@ -1,19 +1,156 @@
-"""Reading checkpoints that others wrote with ``torch.save``, without running anything that is in them."""
+"""Reading checkpoints that others wrote with ``torch.save``, without running anything that is in them.
 
+A pickle is a program, and a checkpoint is data. The standard library's unpickler follows the program here, but what it
+may reach is ours: no name is imported, a few stand for tensors and plain containers, every other class for an inert
+``Record``, and calling any other function is refused.
+"""
+
+import io
+import math
+import pickle
 import struct
 import sys
 import zipfile
-from io import BytesIO
+from _compat_pickle import IMPORT_MAPPING  # old protocols use the module names of Python 2
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from patchsae.weights.pickles import Machine, Record, Refused, Storage, short
+from patchsae.weights.files import load_tensors
 
-#: Bytes of the pickled part of a zip file, whose tensors lie beside it.
-LARGEST_PICKLE = 2**25
+#: Bytes of what is not tensors. Official checkpoints have some ten thousands.
+LARGEST_PICKLE = 2**23
+#: Names that one file may use. Official checkpoints have some dozens.
+MOST_NAMES = 1000
 #: What a file in the format before torch 1.6 begins with, and the version of that format.
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
+#: Classes of Python's own that only hold values; they become records like the classes of other packages.
+VALUE_CLASSES = ("argparse.", "collections.", "datetime.", "decimal.", "fractions.", "pathlib.",
+                 "types.SimpleNamespace", "uuid.")
+#: Calls that become records though they are not named like classes.
+INERT = ("torch.device", "numpy.dtype", "numpy.ndarray", *(
+    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")))
+
+
+class Refused(ValueError):
+    """Why a file is not read: the middle of a sentence."""
+
+
+class Record(dict):
+    """An object of a class that is not imported: its attributes, and as ``kind`` and ``arguments`` what it was made from."""
+
+    kind, inert, arguments = "", True, ()
+
+    def __new__(cls, *arguments, **named):
+        if not cls.inert:
+            raise Refused(f"it asks to call {short(cls.kind)!r}, which no checkpoint needs")
+        record = super().__new__(cls)
+        record.arguments = (*arguments, *named.values())
+        return record
+
+    def __init__(self, *arguments, **named):
+        """Arguments are not attributes."""
+
+    def __setstate__(self, state):
+        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+            self.update(part if isinstance(part, dict) else {} if part is None else {"state": part})
+
+
+class Tuple(tuple):
+    """A tuple that cannot be the key of a dictionary: the hash of nested ones can take for ever."""
+
+    __hash__ = None
+
+
+def short(text: str, most: int = 80) -> str:
+    """Text of a file as a message may show it: on one line, and not long."""
+    return ascii(text[:most])[1:-1]
+
+
+def _tensor(memory, offset, size, stride, *_) -> torch.Tensor:
+    """A tensor as a view of its memory, a flat tensor; its extent must lie inside."""
+    numbers = [offset, *size, *stride]
+    if len(size) != len(stride) or len(size) > 64 or min(numbers) < 0 or max(numbers) >= 2**63:
+        raise Refused("a tensor has no valid shape")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride)) if math.prod(size) else 0
+    if last >= max(1, len(memory)) or math.prod(size) > len(memory):
+        raise Refused(f"a tensor of shape {short(str(list(size)))} reaches beyond its {len(memory):,} values")
+    return torch.as_strided(memory, tuple(size), tuple(stride), offset)
+
+
+#: What a name stands for, where it stands for more than a record.
+KNOWN: dict[str, Callable | torch.dtype] = {
+    "collections.OrderedDict": dict, "collections.defaultdict": lambda _=None, items=(): dict(items),
+    "builtins.set": set, "builtins.frozenset": frozenset, "torch.Size": Tuple,
+    "_codecs.encode": lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),  # bytes of old protocols
+    "copyreg._reconstructor": lambda kind, *_: kind(),
+    "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch.jit._pickle.restore_type_tag": lambda value, _: value,
+    **{f"torch.jit._pickle.build_{kind}list": list for kind in ("int", "double", "bool", "tensor")},
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    **{f"torch.{kind}Storage": dtype for kind, dtype in {
+        "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items()}}
+
+
+#: Instructions that make tuples, and those that no checkpoint needs: objects registered in this process as extensions,
+#: buffers beside the file, and byte arrays of any length that is claimed.
+TUPLES = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
+LEFT_OUT = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER + pickle.BYTEARRAY8
+
+
+def _unhashable(load_tuple: Callable) -> Callable:
+    """An instruction that makes a tuple, changed to make one that cannot be a key."""
+    def load(self):
+        load_tuple(self)
+        self.stack[-1] = Tuple(self.stack[-1])
+    return load
+
+
+class Reader(pickle._Unpickler):
+    """The unpickler written in Python, since its instructions can be changed.
+
+    ``memory(dtype, key, numel)`` gives the flat tensor that lies under one or more tensors.
+    """
+
+    dispatch = {code: _unhashable(load) if code in TUPLES else load
+                for code, load in pickle._Unpickler.dispatch.items() if code not in LEFT_OUT}
+
+    def __init__(self, file: io.BytesIO, memory: Callable[[torch.dtype, str, int], torch.Tensor]):
+        super().__init__(file, encoding="latin1")
+        self.memory, self.names = memory, {}
+
+    def find_class(self, module: str, name: str):
+        """What a name stands for; nothing is imported."""
+        kind = f"{IMPORT_MAPPING.get(module, module)}.{name}"
+        if kind not in self.names:
+            inert = kind in INERT or name.rpartition(".")[2].lstrip("_")[:1].isupper() and (
+                kind.split(".")[0] not in sys.stdlib_module_names or kind.startswith(VALUE_CLASSES))
+            self.names[kind] = KNOWN.get(kind) or type("Record", (Record,), {"kind": kind, "inert": inert})
+        if len(self.names) > MOST_NAMES:
+            raise Refused(f"it uses more than {MOST_NAMES:,} names, more than any checkpoint needs")
+        return self.names[kind]
+
+    def persistent_load(self, pid) -> torch.Tensor:
+        """Tensor memory: ``("storage", type, key, device, length)``."""
+        kind, dtype, key, _, numel, *view = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int or view not in ([], [None]):
+            raise Refused("it holds tensor data of an unknown kind")
+        return self.memory(dtype, str(key), numel)
+
+    def load_build(self):
+        """Attributes of a record; those of a plain container (``_metadata`` of a state dict) are left out."""
+        state, top = self.stack.pop(), self.stack[-1]
+        if isinstance(top, Record):
+            top.__setstate__(state)
+        elif not isinstance(top, (dict, torch.Tensor)):
+            raise Refused(f"it gives attributes to a {type(top).__name__}, which has none")
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_foreign(path: str | Path) -> dict:
@@ -29,8 +166,6 @@ def read_foreign(path: str | Path) -> dict:
         raise FileNotFoundError(f"There is no checkpoint at {path}; give the path of a file written with torch.save.")
     try:
         content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-        if isinstance(content, Record):
-            content = content.fields
         if not isinstance(content, dict):
             raise Refused("it holds no dictionary of weights")
         return content
@@ -41,8 +176,19 @@ def read_foreign(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or no torch checkpoint ({reason}); fetch it again.") from error
 
 
+def read_state_dict(path: Path, device: str = "cpu") -> dict:
+    """Tensors by their names: of a safetensors file, or of a checkpoint or its entry ``state_dict``."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path, device)
+    content = read_foreign(path)
+    inner = content.get("state_dict", content)
+    if not isinstance(inner, dict):
+        raise ValueError(f"{path} has no dictionary as its state_dict; give a file of weights.")
+    return inner
+
+
 def _read_zip(path: Path):
-    """The format since torch 1.6: members ``<name>/data.pkl`` and, per storage, ``<name>/data/<key>``."""
+    """The format since torch 1.6: members ``<name>/data.pkl`` and, per memory, ``<name>/data/<key>``."""
     with zipfile.ZipFile(path) as archive:
         members = _members(archive, path.stat().st_size)
         pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
@@ -56,15 +202,15 @@ def _read_zip(path: Path):
             raise Refused(f"what is not tensors has {members[pickles[0]]:,} bytes, more than any checkpoint needs")
         raw = {}
 
-        def load(dtype: torch.dtype, key: str, numel: int) -> Storage:
+        def memory(dtype: torch.dtype, key: str, numel: int) -> torch.Tensor:
             name = f"{root}/data/{key}"
             if members.get(name) != numel * dtype.itemsize:
                 raise Refused(f"tensor data {short(name)} is missing or of another size than it should be")
             if key not in raw:
                 raw[key] = bytearray(archive.read(name))
-            return Storage(_flat(raw[key], dtype))
+            return torch.frombuffer(raw[key], dtype=dtype) if numel else torch.empty(0, dtype=dtype)
 
-        return Machine(load).run(BytesIO(archive.read(pickles[0])))
+        return Reader(io.BytesIO(archive.read(pickles[0])), memory).load()
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
@@ -86,44 +232,33 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
 
 
 def _read_legacy(path: Path):
-    """The format before torch 1.6: five pickles in a row, then the storages."""
-    storages, total, size = {}, 0, path.stat().st_size
+    """The format before torch 1.6: five pickles in a row, then for each memory its length as int64 and its values."""
+    memories, size = {}, path.stat().st_size
 
-    def load(dtype: torch.dtype, key: str, numel: int) -> Storage:
-        nonlocal total
-        if key not in storages:
-            total += numel * dtype.itemsize
-            if numel < 0 or total > size:
-                raise Refused(f"its tensors claim {total:,} bytes in a file of {size:,}")
-            storages[key] = Storage(torch.zeros(numel, dtype=dtype))
-        if (storages[key].values.dtype, len(storages[key].values)) != (dtype, numel):
+    def memory(dtype: torch.dtype, key: str, numel: int) -> torch.Tensor:
+        if key not in memories:
+            if not 0 <= numel * dtype.itemsize <= size - sum(values.nbytes for values in memories.values()):
+                raise Refused(f"its tensors claim more than the {size:,} bytes of the file")
+            memories[key] = torch.zeros(numel, dtype=dtype)
+        if (memories[key].dtype, len(memories[key])) != (dtype, numel):
             raise Refused(f"tensor data {short(key)} is claimed with two types or sizes")
-        return storages[key]
+        return memories[key]
 
     with open(path, "rb") as file:
-        if file.read(1) != b"\x80":
+        start = io.BytesIO(file.read(LARGEST_PICKLE))
+        if start.getvalue()[:1] != pickle.PROTO:
             raise Refused("it is neither a zip file nor a pickle, so torch did not write it")
-        file.seek(0)
-        machine = Machine(load)
-        magic, version, system = (machine.run(file) for _ in range(3))
+        magic, version, system, content, keys = (Reader(start, memory).load() for _ in range(5))
         if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION) or not system["little_endian"]:
             raise Refused("it is a pickle, but not a checkpoint of torch on a machine of this byte order")
-        content, keys = machine.run(file), machine.run(file)
-        if sorted(keys) != sorted(storages):
+        if sorted(keys) != sorted(memories):
             raise Refused("the list of its tensors does not go with the tensors")
+        file.seek(start.tell())
         for key in keys:
-            _fill(storages[key].values, file, key)
+            values = memories[key]
+            (numel,), raw = struct.unpack("<q", file.read(8)), bytearray(file.read(values.nbytes))
+            if numel != len(values) or len(raw) != values.nbytes:
+                raise Refused(f"tensor data {short(key)} is cut short")
+            if raw:
+                values.copy_(torch.frombuffer(raw, dtype=values.dtype))
     return content
-
-
-def _fill(values: torch.Tensor, file, key: str) -> None:
-    """Read one storage of the old format: its length as int64, then its values."""
-    (numel,) = struct.unpack("<q", file.read(8))
-    raw = bytearray(file.read(values.nbytes))
-    if numel != len(values) or len(raw) != values.nbytes:
-        raise Refused(f"tensor data {short(key)} is cut short")
-    values.copy_(_flat(raw, values.dtype))
-
-
-def _flat(raw: bytearray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)

@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from patchsae.weights.files import load_tensors
 from patchsae.weights.foreign import read_foreign
-from patchsae.weights.pickles import Record
+from patchsae.weights.foreign import Record
 
 #: Parts of a block: OpenAI's name -> transformers' name. Attention is one matrix there and three here.
 BLOCK = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
@@ -60,7 +60,7 @@ def flat(content: dict, before: str = "") -> dict[str, torch.Tensor]:
         if torch.is_tensor(value):
             found[f"{before}{name}"] = value
         elif isinstance(value, Record):
-            found |= flat(value.fields, f"{before}{name}.")
+            found |= flat(value, f"{before}{name}.")
     return found
 
 
