@@ -1,93 +1,162 @@
-"""Profiles, paths and seeds. A profile is data: one TOML file, one frozen dataclass, no code of its own."""
+"""Profiles, paths and seeds. A profile is data: one TOML file, one frozen dataclass, no code of its own.
+
+What a profile leaves out has the paper's value where the paper has one (sec. 3.1, 4.2, A.1).
+"""
 
 import dataclasses
+import functools
+import json
 import os
+import reprlib
 import tomllib
 import typing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-#: The folder that holds ``notebooks/``, ``data/`` and ``figures/``.
-ROOT = Path(__file__).resolve().parents[2]
+
+def _project_folder() -> Path:
+    """``PATCHSAE_HOME``, else the checkout that this file lies in, else the current folder; no environment's own."""
+    checkout = Path(__file__).resolve().parents[2]
+    here = checkout if all((checkout / name).is_dir() for name in ("notebooks", "src")) else Path.cwd()
+    return Path(os.environ.get("PATCHSAE_HOME") or here).expanduser().resolve()
+
+
+#: The project folder: it holds ``data/``, ``figures/`` and a user's own ``profiles/``.
+ROOT = _project_folder()
 PROFILES = Path(__file__).with_name("profiles")
 #: Settings of the autoencoder that are left out of its key, so that a new choice does not rename old ones.
 USUAL = {"weights": "", "activation": "relu", "shuffle": "images", "precision": "float32"}
 
 
-@dataclass(frozen=True)
+def resolve(path: str | Path) -> Path:
+    """Where a path that a user names leads: as given, else under the project folder; in neither place, as given."""
+    return next((place for place in (Path(path), ROOT / path) if place.exists()), Path(path))
+
+
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "Input should hold nothing twice")
+    return values
+
+
+def _as_written(value, check):
+    """A number, 64 or 64.0, as it was spelt: keys of trained autoencoders are hashes of the spelling."""
+    check(value)
+    return value
+
+
+Whole = Annotated[int, Field(ge=0, le=10**12)]
+Natural = Annotated[int, Field(ge=1, le=10**12)]
+NotNegative = Annotated[float, Field(ge=0), WrapValidator(_as_written)]
+Rate = Annotated[float, Field(gt=0, le=1), WrapValidator(_as_written)]
+Layer = Annotated[int, Field(ge=-64, lt=64)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Word = Annotated[str, Field(min_length=1)]
+Words = Annotated[tuple[Word, ...], AfterValidator(_distinct)]
+
+
+def _sentence(error: ValidationError, cls: type, where: str | Path) -> str:
+    """The first thing that is wrong with settings ``cls``: where it stands, what it is and what it may be."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{where} lacks the key {key}; add it as in the package's profiles/mini.toml."
+    if first["type"] == "unexpected_keyword_argument":
+        section = functools.reduce(lambda outer, name: outer.__annotations__[name], first["loc"][:-1], cls)
+        return f"{where} has the unknown key {key}; known keys there are {', '.join(sorted(section.__annotations__))}."
+    wanted = first["msg"].partition("should")[2].replace("an object", "a table")
+    return f"{where}: {key} is {reprlib.repr(first['input'])}; it should{wanted}."
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def _settings(cls):
+    """A frozen dataclass whose values are checked whenever one is made, by ``dataclasses.replace`` too."""
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    cls = dataclass(frozen=True, kw_only=True, config=strict)(cls)
+    check = cls.__init__
+
+    @functools.wraps(check)
+    def __init__(self, **values):
+        try:
+            check(self, **values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error, cls, cls.__name__)) from None
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_settings
 class ModelSettings:
-    """Which CLIP, where it is cut (``layer``, sec. 3.1), which layers it is compared with (A.2), and which prompt
-    ensemble classifies (sec. 4.1). ``get``: the command that gets the weights."""
+    """Which CLIP (a folder, a file or a name on the hub), where it is cut (``layer``, sec. 3.1), which layers it is
+    compared with (A.2), and which prompt ensemble classifies (sec. 4.1). ``get``: the command that gets the weights."""
 
-    name: str
-    get: str
-    layer: int
-    other_layers: tuple[int, ...]
-    templates: str
+    name: Word
+    get: str = "patchsae fetch"
+    layer: Layer = -2
+    other_layers: Annotated[tuple[Layer, ...], AfterValidator(_distinct)] = ()
+    templates: Literal["own", "imagenet_ensemble_7", "imagenet_ensemble_80"] = "imagenet_ensemble_80"
 
 
-@dataclass(frozen=True)
+@_settings
 class DataSettings:
-    """Where images come from and how many are used; ``batch_images`` is for passes that do not train.
-
-    ``image_size``: pixels a side that images in files are cropped to, as the model takes them. ``get``: the command
-    that gets them. ``cache``: "float16" or "bfloat16" to train on the tokens that ``make cache`` has written, or "".
+    """Where images come from (see ``open_dataset``) and how many are used; ``batch_images`` is for passes that do not
+    train. ``image_size``: pixels a side that images in files are cropped to, 0 for the model's own. ``get``: how one
+    gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or on none.
     """
 
-    source: str
-    get: str
-    task: str
-    transfer: tuple[str, ...]
-    image_size: int
-    train_images: int
-    test_images: int
-    batch_images: int
-    cache: str
+    task: Word
+    source: Literal["scenes", "folders", "benchmarks"] = "folders"
+    get: str = "put or link them there"
+    transfer: Words = ()
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
+    train_images: Natural = 1_281_167
+    test_images: Natural = 50_000
+    batch_images: Natural = 16
+    cache: Literal["", "float16", "bfloat16"] = ""
 
 
-@dataclass(frozen=True)
+@_settings
 class SaeSettings:
     """Everything that decides a trained autoencoder (sec. 3.1, A.1).
 
-    ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps`` and
-    ``save_every``: training steps. ``weights``: a file, folder or hub name to use as it is (see ``formats``) instead of
-    training, or "". ``b_dec``: its start, "geometric_median", "geometric_median_by_position"
-    (the published variant), "mean" or "zeros". ``tokens``: "all" or "cls". ``activation``: "relu" (the paper's),
-    "topk", "batchtopk", "jumprelu" or "matryoshka"; ``k``: active latents per token of those that fix it.
-    ``shuffle``: batches of whole "images" (the paper's) or of "tokens" of many images. ``precision``: "float32", or
-    "bf16" for autocast with float32 weights.
+    ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps``, ``save_every``:
+    training steps. ``b_dec``: its start; by position is the published variant. ``k``: active latents per token of
+    activations that fix it. ``shuffle``: batches of whole "images" (the paper's) or of "tokens" of many. ``precision``:
+    "bf16" is autocast with float32 weights. ``weights``: a file, folder or hub name to use as it is (see ``formats``).
     """
 
-    expansion: float
-    l1: float
-    learning_rate: float
-    warmup: int
-    dead_after: int
-    ghost: bool
-    b_dec: str
-    tokens: str
-    activation: str
-    k: int
-    shuffle: str
-    precision: str
-    batch_images: int
-    steps: int
-    save_every: int
-    weights: str
+    expansion: Annotated[float, Field(gt=0, le=4096), WrapValidator(_as_written)] = 64
+    l1: NotNegative = 8e-5
+    learning_rate: Rate = 4e-4
+    warmup: Whole = 500
+    dead_after: Whole = 64
+    ghost: bool = True
+    b_dec: Literal["geometric_median", "geometric_median_by_position", "mean", "zeros"] = "geometric_median"
+    tokens: Literal["all", "cls"] = "all"
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"] = "relu"
+    k: Whole = 150
+    shuffle: Literal["images", "tokens"] = "images"
+    precision: Literal["float32", "bf16"] = "float32"
+    batch_images: Natural = 128
+    steps: Natural = 20_480
+    save_every: Natural = 1024
+    weights: str = ""
 
 
-@dataclass(frozen=True)
+@_settings
 class LatentSettings:
     """``tau``: a latent is active on a token above it (eq. 4). ``n_reference``: reference images per latent."""
 
-    tau: float
-    n_reference: int
+    tau: NotNegative = 0.2
+    n_reference: Natural = 10
 
 
-@dataclass(frozen=True)
+@_settings
 class AdaptationSettings:
     """What adapting CLIP to tasks has in common (sec. 4.2).
 
@@ -96,46 +165,47 @@ class AdaptationSettings:
     ``images``: training images per task that statistics and readouts are taken of.
     """
 
-    tasks: tuple[str, ...]
-    shots: int
-    seeds: tuple[int, ...]
-    n_prompts: int
-    depth: int
-    augment: bool
-    images: int
+    tasks: Words = ()
+    shots: Natural = 16
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (1, 2, 3)
+    n_prompts: Natural = 2
+    depth: Natural = 9
+    augment: bool = True
+    images: Natural = 50_000
 
 
-@dataclass(frozen=True)
+@_settings
 class MethodSettings:
     """How one method of adaptation is trained: ``epochs``, or as many as ``least_steps`` steps take if that is more."""
 
-    learning_rate: float
-    epochs: int
-    least_steps: int
-    batch_images: int
+    learning_rate: Rate
+    epochs: Natural
+    least_steps: Whole = 0
+    batch_images: Natural
 
     def epochs_of(self, images: int) -> int:
         """Epochs over so many images; the last, smaller batch of each is dropped."""
         return max(self.epochs, -(-self.least_steps // max(1, images // self.batch_images)))
 
 
-@dataclass(frozen=True)
+@_settings
 class Profile:
-    """One way to run the notebooks. ``threads`` is the number of CPU threads, part of what fixes the bytes."""
+    """One way to run the notebooks. ``threads`` is the number of CPU threads, part of what fixes the bytes; ``bounds``
+    are what the notebooks' checks hold results to, by name, as far as the profile has any."""
 
-    name: str
-    seed: int
-    threads: int
+    name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
+    seed: Seed = 42
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     model: ModelSettings
     data: DataSettings
-    sae: SaeSettings
-    latents: LatentSettings
-    adaptation: AdaptationSettings
-    maple: MethodSettings
-    coop: MethodSettings
-    lora: MethodSettings
-    fine_tuning: MethodSettings
-    expectations: tuple[tuple[str, float], ...]
+    sae: SaeSettings = SaeSettings()
+    latents: LatentSettings = LatentSettings()
+    adaptation: AdaptationSettings = AdaptationSettings()
+    maple: MethodSettings = MethodSettings(learning_rate=0.0035, epochs=5, batch_images=4)
+    coop: MethodSettings = MethodSettings(learning_rate=0.002, epochs=50, batch_images=32)
+    lora: MethodSettings = MethodSettings(learning_rate=2e-4, epochs=50, batch_images=32)
+    fine_tuning: MethodSettings = MethodSettings(learning_rate=1e-5, epochs=10, batch_images=32)
+    bounds: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def data_dir(self) -> Path:
@@ -157,8 +227,8 @@ class Profile:
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
     def expected(self, name: str, otherwise: float) -> float:
-        """The bound that [expected] in the profile names for a check, or one that always holds."""
-        return dict(self.expectations).get(name, otherwise)
+        """The bound of a check, or one that always holds."""
+        return self.bounds.get(name, otherwise)
 
     def with_sae(self, **changes) -> "Profile":
         """The same profile with other settings of the autoencoder, e.g. ``with_sae(l1=1e-3)``; given weights do not
@@ -179,64 +249,35 @@ class Profile:
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
 
-def _fill(cls, table: dict, where: str):
-    """Build a settings dataclass from a table; unknown and missing keys are named."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{where} must be a table of settings, not {table!r}.")
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(table) - names):
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(sorted(names))}.")
-    if missing := sorted(names - set(table)):
-        raise ValueError(f"{where} lacks the key {missing[0]!r}; add it as in src/patchsae/profiles/mini.toml.")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    for f in dataclasses.fields(cls):
-        kind = typing.get_origin(f.type) or f.type
-        allowed = (int, float) if kind is float else kind
-        if not isinstance(values[f.name], allowed) or isinstance(values[f.name], bool) and kind is not bool:
-            raise ValueError(f"{where}: {f.name} is {values[f.name]!r}; it must be of type {kind.__name__}.")
-    return cls(**values)
+def load_profile(name_or_path: str | Path | None = None) -> Profile:
+    """Read a profile: the path of a ``.toml`` file, or a name in the project's ``profiles/`` or the package's own.
 
-
-def _choose(where: str, name: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{where}: {name} is {value!r}; choose one of {', '.join(choices)}.")
-
-
-def load_profile(name: str | None = None) -> Profile:
-    """Read ``profiles/<name>.toml``; by default the one named by the environment variable ``PROFILE``, or mini."""
-    name = name or os.environ.get("PROFILE", "mini")
-    path = PROFILES / f"{name}.toml"
-    known = sorted(p.stem for p in PROFILES.glob("*.toml"))
-    if name not in known:
-        raise ValueError(f"There is no profile {name!r} in {PROFILES.name}/; choose one of {', '.join(known)}.")
+    By default the one that the environment variable ``PROFILE`` gives, or mini. A file gives its profile its name.
+    """
+    name, folders = str(name_or_path or os.environ.get("PROFILE") or "mini"), (ROOT / "profiles", PROFILES)
+    places = [Path(name), ROOT / name] if name.endswith(".toml") else [f / f"{name}.toml" for f in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = sorted({file.stem for folder in folders for file in folder.glob("*.toml")})
+        raise ValueError(f"There is no profile {name!r}, looked for as {' and '.join(map(str, places))}; choose one of "
+                         f"{', '.join(known)}, or give the path of a .toml file.")
     try:
-        table = tomllib.loads(path.read_text()) | {"name": name}
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name} is not valid TOML ({error}); mend that line.") from error
-    sections = {f.name: f.type for f in dataclasses.fields(Profile) if dataclasses.is_dataclass(f.type)}
-    table["expectations"] = _bounds(table.pop("expected", {}), path.name)
-    filled = {key: _fill(cls, table[key], f"[{key}] in {path.name}") for key, cls in sections.items() if key in table}
-    profile = _fill(Profile, table | filled, path.name)
-    _choose(path.name, "tokens", profile.sae.tokens, "all", "cls")
-    _choose(path.name, "activation", profile.sae.activation, "relu", "topk", "batchtopk", "jumprelu", "matryoshka")
-    _choose(path.name, "shuffle", profile.sae.shuffle, "images", "tokens")
-    _choose(path.name, "precision", profile.sae.precision, "float32", "bf16")
-    _choose(path.name, "templates", profile.model.templates, "own", "imagenet_ensemble_7", "imagenet_ensemble_80")
-    _choose(path.name, "cache", profile.data.cache, "", "float16", "bfloat16")
-    _choose(path.name, "source", profile.data.source, "scenes", "folders", "benchmarks")
-    return profile
+        table = tomllib.loads(path.read_text(encoding="utf-8")) | {"name": path.stem}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid TOML ({error}); mend that line.") from error
+    try:
+        # As JSON, where a list is the tuple of a strict type; TOML's dates become tables, which no setting is.
+        return TypeAdapter(Profile).validate_json(json.dumps(table, default=lambda date: {"date": str(date)}))
+    except ValidationError as error:
+        raise ValueError(_sentence(error, Profile, path)) from None
 
 
-def _bounds(table, where: str) -> tuple[tuple[str, float], ...]:
-    """Name and number of each line of [expected], which a profile may leave out."""
-    if not isinstance(table, dict) or not all(isinstance(v, (int, float)) for v in table.values()):
-        raise ValueError(f"[expected] in {where} must hold numbers alone, one a line.")
-    return tuple(sorted(table.items()))
-
-
-def start(name: str | None = None) -> Profile:
+def start(name_or_path: str | Path | None = None) -> Profile:
     """Load a profile and fix threads and seeds: the first call of every notebook."""
-    profile = load_profile(name)
+    import numpy as np
+    import torch
+
+    profile = load_profile(name_or_path)
     torch.set_num_threads(profile.threads)
     torch.manual_seed(profile.seed)
     np.random.seed(profile.seed)
@@ -245,4 +286,6 @@ def start(name: str | None = None) -> Profile:
 
 def device() -> str:
     """``"cuda"`` where there is a GPU, else ``"cpu"``."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"

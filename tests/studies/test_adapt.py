@@ -66,7 +66,8 @@ def test_rates_of_the_published_schedule():
 
 @pytest.mark.parametrize("images, epochs", [(80, 5), (8000, 5), (3, 20), (16, 5)])
 def test_small_sets_get_more_epochs(images, epochs):
-    assert MethodSettings(0.1, 5, 20, 4).epochs_of(images) == max(5, -(-20 // max(1, images // 4))) >= epochs
+    method = MethodSettings(learning_rate=0.1, epochs=5, least_steps=20, batch_images=4)
+    assert method.epochs_of(images) == max(5, -(-20 // max(1, images // 4))) >= epochs
 
 
 def test_batches_use_every_image_once_and_drop_the_rest():
