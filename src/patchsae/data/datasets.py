@@ -2,14 +2,19 @@
 
 import functools
 import json
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from patchsae.config import Profile
+from patchsae.config import Profile, resolve
 from patchsae.data.benchmarks import TABLE, open_benchmark
+from patchsae.data.hashes import file_hashes
 from patchsae.data.images import FileDataset, Images, Item, content_id, images_in, in_turn
 
+#: What folders of the splits are called, in any case; the first that is there is read.
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
 
 
@@ -48,13 +53,60 @@ class FolderDataset(FileDataset):
     """Images in one folder per class: ``<root>/<class name>/<image>``, at most ``n`` of them, classes in turn."""
 
     def __init__(self, root: Path, n: int | None = None, size: int | None = None):
-        root = Path(root)
-        seen = [p for p in root.iterdir() if p.name[0] != "."] if root.is_dir() else []
-        folders = sorted(p for p in seen if p.is_dir())
-        files = [(f, label) for label, folder in enumerate(folders) for f in images_in(folder)]
-        if not files:
-            raise FileNotFoundError(f"There are no images in {root}; put them in one folder per class there.")
-        super().__init__(root, in_turn(files, n), tuple(p.name.replace("_", " ") for p in folders), size)
+        files, names = class_files(Path(root))
+        super().__init__(root, in_turn(files, n), names, size)
+
+
+def subfolders(root: Path) -> list[Path]:
+    """Folders in a folder by name, hidden ones left out."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+
+
+def class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Images of the class folders in a folder with their labels, and the class names: those of the folders, by
+    alphabet, with spaces for underscores."""
+    named = [(unicodedata.normalize("NFC", folder.name.replace("_", " ")), folder) for folder in subfolders(root)]
+    names = tuple(name for name, _ in sorted(named))
+    files = [(file, label) for label, (_, folder) in enumerate(sorted(named)) for file in images_in(folder)]
+    if not files:
+        raise FileNotFoundError(f"There are no images in {root}; put them in one folder per class there.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"Two folders in {root} are both the class {twice[0]!r}; put their images into one of them.")
+    return files, names
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders in a folder that hold the classes of a split, as far as there are any: split -> folder."""
+    folders = {p.name.lower(): p for p in subfolders(root) if subfolders(p) and not images_in(p)}
+    known = {split: [folders[name] for name in names if name in folders] for split, names in SPLITS.items()}
+    return {split: places[0] for split, places in known.items() if places}
+
+
+def split_files(root: Path, split: str, test_share: float) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Images of a split with their labels, and the class names.
+
+    They lie in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, where the classes must be the same, or in
+    ``<root>/<class>/``: then of each class that share is taken for tests whose content hashes come first. That is the
+    same images whatever they are called; equal ones stay together, and no split is left without a class that has two.
+    """
+    if places := split_folders(root):
+        found = {name: class_files(place) for name, place in places.items()}
+        classes = {name: set(names) for name, (_, names) in found.items()}
+        for name, other in (("train", "test"), ("test", "train")):
+            if alone := sorted(classes.get(name, set()) - classes.get(other, classes.get(name, set()))):
+                raise ValueError(f"The class {alone[0]!r} is in {places[name]} alone; put images of it into "
+                                 f"{places[other]} too, or remove it.")
+        if split not in found:
+            raise FileNotFoundError(f"There are no images in {root / split}; put them in one folder per class there.")
+        return found[split]
+    files, names = class_files(root)
+    hashes = file_hashes(root, [path for path, _ in files])
+    distinct = {label: set() for _, label in files}
+    for path, label in files:
+        distinct[label].add(hashes[path])
+    tests = {label: max(1, min(round(test_share * len(own)), len(own) - 1)) for label, own in distinct.items()}
+    last = {label: sorted(own)[tests[label] - 1] for label, own in distinct.items()}
+    return [(path, label) for path, label in files if (hashes[path] <= last[label]) == (split == "test")], names
 
 
 class Subset(Images):
@@ -79,20 +131,48 @@ class Subset(Images):
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(profile: Profile, task: str, split: str):
-    """The images of a task, as the profile says.
+    """The images of a task, as the profile says; files are cropped to ``image_size``, or else as the model takes them.
 
-    "scenes" are drawn; "folders" are ``data/<profile>/images/<task>/<split>/<class name>/``; "benchmarks" are rows of
-    ``datasets.toml`` in the folders of CoOp, ``data/<profile>/images/<folder>/``, or on the Hugging Face hub.
+    "scenes" are drawn; "folders" are ``data/<profile>/images/<task>/``, and for the profile's own task ``images`` where
+    it is given, in the layouts of :func:`split_files`; "benchmarks" are rows of ``datasets.toml`` in the folders of
+    CoOp, ``data/<profile>/images/<folder>/``, or on the Hugging Face hub.
     """
-    n = profile.data.train_images if split == "train" else profile.data.test_images
-    if profile.data.source == "scenes":
+    settings = profile.data
+    n = settings.train_images if split == "train" else settings.test_images
+    if settings.source == "scenes":
         from patchsae.world.dataset import SceneDataset  # the drawn world is loaded by those who look at it
 
         return SceneDataset(task, split, n)
-    root, size = profile.data_dir / "images", profile.data.image_size
-    if profile.data.source == "folders":
-        return FolderDataset(root / task / split, n, size)
-    return open_benchmark(root, task, split, n, size)
+    size = settings.image_size or model_config(profile.model.name).image_size
+    if settings.source == "benchmarks":
+        return open_benchmark(profile.data_dir / "images", task, split, n, size)
+    root = images_folder(profile, task)
+    files, names = split_files(root, split, settings.test_share)
+    return FileDataset(root, in_turn(files, n), names, size)
+
+
+def images_folder(profile: Profile, task: str) -> Path:
+    """Where the images of a task of a profile with folders lie."""
+    given = profile.data.images and task == profile.data.task
+    return resolve(profile.data.images) if given else profile.data_dir / "images" / task
+
+
+@functools.lru_cache(maxsize=4)
+def model_config(name: str):
+    """The image tower of a folder, a file or a model of the hub, as a ``transformers.CLIPVisionConfig``."""
+    from transformers import CLIPConfig
+
+    path = resolve(name)
+    if path.is_file():  # in OpenAI's layout, where the weights alone have the shape
+        from patchsae.clip import load_clip
+
+        return load_clip(name).model.config.vision_config
+    source, _, revision = (str(path), "", "") if path.is_dir() else name.partition("@")
+    try:
+        return CLIPConfig.from_pretrained(source, revision=revision or None).vision_config
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"There is no CLIP at {name}: it is neither a folder with config.json nor a model the "
+                                "hub can give.") from error
 
 
 def templates(profile: Profile, task: str) -> list[str]:
@@ -108,5 +188,5 @@ def own_template(profile: Profile, task: str) -> str:
     if profile.data.source == "scenes":
         from patchsae.world.scenes import WORLD
 
-        return WORLD["tasks"][task]["template"]
+        return WORLD["tasks"].get(task, {}).get("template", TEMPLATES["maple"])
     return TEMPLATES["dataset_templates"].get(TABLE.get(task, {}).get("title"), TEMPLATES["maple"])

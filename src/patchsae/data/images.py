@@ -1,5 +1,6 @@
 """Images in files: decoded and cropped one way everywhere, and counted where they cannot be read."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from patchsae.data.hashes import file_hashes
 
@@ -55,9 +56,11 @@ def rgb(image: Image.Image) -> np.ndarray:
 
 
 def read_image(source: Path | bytes, name: str | Path) -> np.ndarray:
-    """Decode a file, or its bytes, to uint8 ``[H, W, 3]``; ``name`` is what an error calls it."""
+    """Decode a file, or its bytes, to uint8 ``[H, W, 3]``, upright; ``name`` is what an error calls it."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with contextlib.suppress(Exception):  # damaged notes of a camera turn nothing
+                ImageOps.exif_transpose(image, in_place=True)
             return rgb(image)
     except Exception as error:  # every decoder has errors of its own for damaged bytes
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
