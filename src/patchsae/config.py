@@ -104,9 +104,12 @@ class ModelSettings:
 
 @_settings
 class DataSettings:
-    """Where images come from (see ``open_dataset``) and how many are used; ``batch_images`` is for passes that do not
-    train. ``image_size``: pixels a side that images in files are cropped to, 0 for the model's own. ``get``: how one
-    gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or on none.
+    """Where images come from (see ``open_dataset``) and how many are used.
+
+    ``images``: the folder of the task's images where they lie elsewhere; ``masks``: a folder of masks of them;
+    ``test_share``: share of the images that are kept for tests where a folder has no splits. ``batch_images`` is for
+    passes that do not train. ``image_size``: pixels a side that images in files are cropped to, 0 for the model's own.
+    ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or none.
     """
 
     task: Word
@@ -118,6 +121,9 @@ class DataSettings:
     test_images: Natural = 50_000
     batch_images: Natural = 16
     cache: Literal["", "float16", "bfloat16"] = ""
+    images: str = ""
+    masks: str = ""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 @_settings

@@ -28,13 +28,13 @@ SETTLED = 2 * 10**9
 def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """Hash of every file's bytes, 64 hexadecimal digits; "" for one that cannot be read.
 
-    ``root``: the folder that they are in, in which the notes are kept; what was noted before an interruption stays.
+    ``root``: the folder in which the notes are kept, by paths seen from there; what was noted before an interruption stays.
     """
     files, place = list(dict.fromkeys(files)), notes_place(root)
     noted, hashes = _load(place), {}
 
     def look(paths: list[Path]) -> list[tuple[str, list]]:
-        names = [path.relative_to(root).as_posix() for path in paths]
+        names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
         return [(name, _note(path, noted.get(name))) for name, path in zip(names, paths)]
 
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(files), desc="hashes of the files", delay=1) as bar:

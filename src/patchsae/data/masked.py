@@ -5,6 +5,8 @@ They are read where they lie, as their authors pack them, from ``data/<profile>/
     ade20k         images/, annotations/ (png of class numbers), objectInfo150.txt, sceneCategories.txt
     partimagenet   images/<split>/, annotations/<split>.json (COCO polygons)
     oxford-pets    images/, annotations/trimaps/, annotations/trainval.txt and test.txt
+
+or, for images of one's own, from the folder that the profile names as ``masks``.
 """
 
 import functools
@@ -18,10 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from patchsae.clip import Clip
-from patchsae.config import Profile
+from patchsae.config import Profile, resolve
 from patchsae.data.datasets import open_dataset
 from patchsae.data.hashes import file_hashes
-from patchsae.data.images import Crop, Images, Item, content_id, read_image
+from patchsae.data.images import Crop, FileDataset, Images, Item, content_id, read_image
 
 #: A pixel without a concept.
 NONE = -1
@@ -64,7 +66,8 @@ class MaskedImage:
 
 
 class MaskedDataset(Images):
-    """Images with masks in the folder ``root``. ``concepts``: kind -> names; ``groups``: concept -> what it belongs to."""
+    """Images with masks in the folder ``root``. ``concepts``: kind -> names; ``groups``: concept -> what it is part
+    of."""
 
     def __init__(self, root: Path, entries: list[Entry], names, class_names, groups: dict, size: int, grid: int):
         if not entries:
@@ -176,6 +179,25 @@ def oxford_pets(folder: Path, split: str, size: int, grid: int) -> MaskedDataset
     return MaskedDataset(folder, entries, names, names, species, size, grid)
 
 
+def own_masks(folder: Path, images: FileDataset, size: int, grid: int) -> MaskedDataset:
+    """Masks of images in class folders: a png of numbers where the image would be if the folder of masks were that of
+    the images. The numbers count the lines of ``classes.txt`` there from 1; without it, all but 0 is the image's class.
+    """
+    listing = folder / "classes.txt"
+    names = _lines(listing) if listing.is_file() else images.class_names
+
+    def read(mask: Path, label: int, _size) -> np.ndarray:
+        numbers = np.asarray(_open(mask)).astype(np.int32)
+        if numbers.ndim != 2 or listing.is_file() and numbers.max() > len(names):
+            raise ValueError(f"The mask {mask} does not hold one number from 0 to {len(names)} a pixel; mend it.")
+        return numbers - 1 if listing.is_file() else np.where(numbers > 0, label, NONE)
+
+    masks = [folder / path.relative_to(images.root).with_suffix(".png") for path, _ in images.files]
+    entries = [Entry(path, label, mask, functools.partial(read, mask, label))
+               for (path, label), mask in zip(images.files, masks) if mask.is_file()]
+    return MaskedDataset(folder, entries, names, images.class_names, {}, size, grid)
+
+
 #: Folder under ``data/<profile>/segmentation/`` -> its reader.
 READERS = {"ade20k": ade20k, "partimagenet": partimagenet, "oxford-pets": oxford_pets}
 #: Where the first of them, which has most concepts, comes from.
@@ -183,17 +205,22 @@ SOURCE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip
 
 
 def masks_folder(profile: Profile) -> Path | None:
-    """The first public set of masks that is there; none is needed where the profile's own images have ground truth."""
+    """The folder of masks that the profile names, or else the first public set of them that is there."""
+    if profile.data.masks:
+        return folder if (folder := resolve(profile.data.masks)).is_dir() else None
     folders = [profile.data_dir / "segmentation" / name for name in READERS]
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def open_masked(profile: Profile, clip: Clip, split: str):
     """Images with ground truth: the profile's own where it has one, else the first public set that is there."""
-    own = profile.data.source == "scenes" and open_dataset(profile, profile.data.task, split)
-    if own:
-        return own
+    if profile.data.source == "scenes":
+        return open_dataset(profile, profile.data.task, split)
     if (folder := masks_folder(profile)) is not None:
-        return READERS[folder.name](folder, split, clip.image_size, clip.grid)
+        if folder.name in READERS:
+            return READERS[folder.name](folder, split, clip.image_size, clip.grid)
+        return own_masks(folder, open_dataset(profile, profile.data.task, split), clip.image_size, clip.grid)
+    if profile.data.masks:
+        raise FileNotFoundError(f"There is no folder of masks {profile.data.masks}; mend data.masks of the profile.")
     raise FileNotFoundError(f"There are no masks in {profile.data_dir / 'segmentation'}; unpack one of "
                             f"{', '.join(READERS)} there, the first from {SOURCE}.")
