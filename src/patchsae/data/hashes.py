@@ -28,7 +28,7 @@ SETTLED = 2 * 10**9
 def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """Hash of every file's bytes, 64 hexadecimal digits; "" for one that cannot be read.
 
-    ``root``: the folder in which the notes are kept, by paths seen from there; what was noted before an interruption stays.
+    ``root``: the folder that keeps the notes, by paths seen from there; what was noted before an interruption stays.
     """
     files, place = list(dict.fromkeys(files)), notes_place(root)
     noted, hashes = _load(place), {}
