@@ -155,16 +155,16 @@ def test_a_pass_goes_on_over_a_few_unreadable_images(tmp_path, clip, monkeypatch
 
 
 def test_too_many_unreadable_images_are_one_sentence(tmp_path, clip):
-    ds = folder(tmp_path, 40, bad=(5,))
-    assert 1 / 40 > MOST_UNREADABLE
-    with pytest.raises(ValueError, match="1 of 40 images") as error:
+    """One is tolerated, whatever the size of the data set; more only up to one in a thousand."""
+    ds = folder(tmp_path, 40, bad=(5, 9))
+    assert 2 / 40 > MOST_UNREADABLE
+    with pytest.raises(ValueError, match="2 of 40 images") as error:
         list(pixel_batches(clip, ds, 4))
     assert one_sentence(error.value) and "0005.png" in str(error.value)
     with pytest.raises(Unreadable):
         load_pixels(clip, ds, [4, 5])
     subset = torch.utils.data.Subset(ds, range(8))
-    with pytest.raises(Unreadable):
-        list(pixel_batches(clip, subset, 4))
+    assert sum(len(batch.rows) for batch in pixel_batches(clip, subset, 4)) == 7
 
 
 def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):

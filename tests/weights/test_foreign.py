@@ -16,8 +16,7 @@ import pytest
 import torch
 from conftest import one_sentence
 
-from patchsae.weights.foreign import read_foreign
-from patchsae.weights.foreign import Record
+from patchsae.weights.foreign import Record, read_foreign
 
 RAN = []
 

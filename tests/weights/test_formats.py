@@ -12,7 +12,7 @@ from conftest import one_sentence, random_sae
 from safetensors.torch import load_file, save_file
 
 from patchsae import SparseAutoencoder
-from patchsae.train import train_sae
+from patchsae.studies.study import trained_sae
 from patchsae.weights.formats import NAMES, file_sha256, read_sae, write_official, write_saelens
 
 D, S = 6, 20
@@ -189,14 +189,13 @@ def test_a_profile_can_name_given_weights(tmp_path, clip, image_data, profile):
          "b_dec": torch.randn(clip.width)}
     torch.save({"cfg": None, "state_dict": w}, tmp_path / "out.pt")
     given = profile.with_sae(weights=str(tmp_path / "out.pt"))
-    sae, log = train_sae(given, clip, image_data, tmp_path / "run")
-    assert all(torch.equal(getattr(sae, name), w[name]) for name in NAMES) and len(log) == 1
-    assert as_loaded(SparseAutoencoder.from_pretrained(tmp_path / "run")) == as_loaded(sae)
+    sae = trained_sae(given, clip, image_data)
+    assert all(torch.equal(getattr(sae, name), w[name]) for name in NAMES)
     assert not given.at_layer(0).sae.weights and not given.with_sae(tokens="cls").sae.weights
     assert given.sae_settings()["sae"]["weights"] and "weights" not in profile.sae_settings()["sae"]
     torch.save({"state_dict": values()}, tmp_path / "narrow.pt")
     with pytest.raises(ValueError) as error:
-        train_sae(profile.with_sae(weights=str(tmp_path / "narrow.pt")), clip, image_data, tmp_path / "run")
+        trained_sae(profile.with_sae(weights=str(tmp_path / "narrow.pt")), clip, image_data)
     assert one_sentence(error.value)
 
 

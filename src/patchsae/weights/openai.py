@@ -6,8 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from patchsae.weights.files import load_tensors
-from patchsae.weights.foreign import read_foreign
-from patchsae.weights.foreign import Record
+from patchsae.weights.foreign import Record, read_foreign
 
 #: Parts of a block: OpenAI's name -> transformers' name. Attention is one matrix there and three here.
 BLOCK = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
