@@ -107,14 +107,14 @@ class JumpReLU(SparseAutoencoder):
         return ghost_loss(z, z_hat, m, above, self.W_dec[latents], dead)
 
 
-_KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
+KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
 def kind_of(activation: str) -> type[SparseAutoencoder]:
     """The class of an activation."""
-    if activation not in _KINDS:
-        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(_KINDS)}.")
-    return _KINDS[activation]
+    if activation not in KINDS:
+        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(KINDS)}.")
+    return KINDS[activation]
 
 
 def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
