@@ -5,20 +5,21 @@ else in this package reads or edits ``z``; nothing uses hooks, and nothing below
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae.config import ROOT
 from patchsae.data.images import Crop, hash_of, rgb
-from patchsae.weights.files import tensor_hash
-from patchsae.weights.openai import read_openai
+from patchsae.weights.clips import read_clip
+from patchsae.weights.files import first_line, tensor_hash
+from patchsae.weights.hub import model_folder
 
 
 class Clip:
@@ -110,9 +111,7 @@ class Clip:
         if asked != [side, side, side, Image.Resampling.BICUBIC]:
             raise ValueError(f"preprocessor_config.json asks for other crops than CLIP's of {side} pixels, bicubic; "
                              "mend it.")
-        levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
-        pixels = processor(images=[levels], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-        return pixels[0, :, 0]
+        return grey_levels(processor)
 
     @torch.no_grad()
     def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
@@ -158,54 +157,68 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
     return first + block.mlp(block.layer_norm2(first))
 
 
-def load_clip(name_or_path: str | Path, device: str = "cpu", revision: str | None = None) -> Clip:
-    """Load a CLIP from a local folder or file (absolute, or relative to the project's root) or from the hub.
+def grey_levels(processor) -> torch.Tensor:
+    """What a processor makes of the 256 grey levels of each channel, which are finite and rise: ``[3,256]``."""
+    levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
+    pixels = processor(images=[levels], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    if not pixels.isfinite().all() or not (pixels.diff(dim=-1) > 0).all():
+        raise ValueError("The processor's mean, deviation or factor makes no pixels of grey levels; mend "
+                         "preprocessor_config.json.")
+    return pixels[0, :, 0]
+
+
+def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revision: str | None = None) -> Clip:
+    """Load a CLIP from a local folder or file (as given, or else inside the project's folder) or from the hub.
 
     On the hub a revision may follow the name, ``"owner/name@revision"``. A folder without a tokenizer or preprocessor
-    still gives ``below`` and ``above``. A file is one in OpenAI's layout; its tokenizer is looked for beside it.
+    still gives ``below`` and ``above``. A file is one in OpenAI's layout; its tokenizer is looked for beside it. A
+    ``CLIPModel`` is used itself, in float32 and without gradients, and has neither tokenizer nor preprocessor.
     """
-    path = ROOT / name_or_path
-    if path.is_file():
-        model = _finite(read_openai(path), path)
+    if isinstance(name_or_path, CLIPModel):
+        model = name_or_path.to(device, torch.float32)
+        if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+            raise ValueError(f"The given CLIPModel has values that are not finite in {bad[0]}; load it again.")
+        return Clip(model)
+    path = _source(name_or_path, revision)
+    model = read_clip(path)
+    if path.is_dir():
+        processor = _beside(path, "preprocessor_config.json", _processor)
+    else:
         size = model.config.vision_config.image_size
         processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        tokenizer = _optional(AutoTokenizer, str(path.parent), None, "tokenizer_config.json")
-        return Clip(model.to(device), tokenizer, processor)
-    source, _, pinned = (str(path), "", "") if path.is_dir() else str(name_or_path).partition("@")
-    revision = pinned or revision
-    return Clip(_load_model(source, name_or_path, revision).to(device),
-                _optional(AutoTokenizer, source, revision, "tokenizer_config.json"),
-                _optional(CLIPImageProcessorPil, source, revision, "preprocessor_config.json"))
+    tokenizer = _beside(path if path.is_dir() else path.parent, "tokenizer_config.json", AutoTokenizer.from_pretrained)
+    return Clip(model.to(device), tokenizer, processor)
 
 
-def _load_model(source: str, name_or_path: str | Path, revision: str | None) -> CLIPModel:
-    """A model in the layout of transformers, in float32."""
+def _source(name_or_path: str | Path, revision: str | None) -> Path:
+    """Where a name leads: a local file or folder, as given or else in the project's folder, or a folder of the hub."""
+    tried = [Path(name_or_path), ROOT / name_or_path]
+    if there := [path for path in tried if path.exists()]:
+        return there[0]
+    name, _, pinned = str(name_or_path).partition("@")
     try:
-        model, report = CLIPModel.from_pretrained(source, revision=revision, dtype=torch.float32,
-                                                  output_loading_info=True)
-    except OSError as error:
-        raise FileNotFoundError(f"There is no CLIP at {name_or_path}: it is neither a folder with config.json and "
-                                "model.safetensors nor a model the hub can give.") from error
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"The CLIP at {name_or_path} cannot be loaded ({reason}); fetch it again.") from error
-    if report["missing_keys"]:
-        raise ValueError(f"The CLIP at {name_or_path} lacks the weight {min(report['missing_keys'])}; fetch it again.")
-    return _finite(model, name_or_path)
+        return model_folder(name, pinned or revision)
+    except FileNotFoundError as error:
+        places = " nor ".join(dict.fromkeys(str(path.absolute()) for path in tried))
+        raise FileNotFoundError(f"There is no CLIP called {name_or_path}: neither {places} exists, nor does the hub "
+                                "give it; check the name, and for the hub the network.") from error
 
 
-def _finite(model: CLIPModel, name_or_path: str | Path) -> CLIPModel:
-    """The model, if all its weights are numbers."""
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise ValueError(f"The CLIP at {name_or_path} has values that are not finite in {bad[0]}; fetch it again.")
-    return model
+def _processor(folder: str) -> CLIPImageProcessorPil:
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    grey_levels(processor)
+    return processor
 
 
-def _optional(kind, source: str, revision, needed: str):
-    """Load a tokenizer or processor, or None where a local folder has none."""
-    if Path(source).is_dir() and not (Path(source) / needed).is_file():
+def _beside(folder: Path, name: str, load: Callable):
+    """The tokenizer or processor of a folder, or None where it has none."""
+    if not (folder / name).is_file():
         return None
-    return kind.from_pretrained(source, revision=revision)
+    try:
+        return load(str(folder))
+    except Exception as error:  # each library fails in its own ways
+        raise ValueError(f"{folder / name} or a file that goes with it is damaged ({first_line(error)}); fetch it "
+                         "again.") from error
 
 
 def class_prototypes(clip: Clip, class_names, templates: list[str], renormalise: bool = True) -> torch.Tensor:

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from patchsae.clip import Clip
+from patchsae.weights.clips import openai_clip, renamed
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash
-from patchsae.weights.foreign import read_foreign
-from patchsae.weights.openai import clip_model, renamed
+from patchsae.weights.foreign import read_state_dict, short
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
+#: Its words in front of the name.
+WORDS = 4
 
 
 class Prompts(nn.Module):
@@ -76,9 +78,10 @@ class MaPLe(Clip):
 
     ``clip``: whose weights are used, as they are; ``token_ids [C,L]``: the tokenised prompts of the classes, start
     token first, then at least ``n`` words in front of the class name. ``prompts=None`` is the plain CLIP.
+    ``template``: how other classes are called, by default as published.
     """
 
-    def __init__(self, clip: Clip, prompts: Prompts | None, token_ids: torch.Tensor):
+    def __init__(self, clip: Clip, prompts: Prompts | None, token_ids: torch.Tensor, template: str | None = None):
         super().__init__(clip.model, clip.tokenizer, clip.processor)
         blocks = min(len(self.blocks), len(self.model.text_model.encoder.layers))
         if prompts is not None and not 1 <= prompts.depth <= blocks:
@@ -86,6 +89,7 @@ class MaPLe(Clip):
                              f"choose 1 to {blocks}.")
         self.prompts = None if prompts is None else prompts.to(self.device)
         self.token_ids = token_ids.to(self.device)
+        self.template = template or template_of(0 if prompts is None else prompts.n)
 
     # Image side -----------------------------------------------------------------------------------------
 
@@ -157,21 +161,23 @@ class MaPLe(Clip):
 
     def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
         """The same prompts with the names of other classes."""
-        return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names)))
+        return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names, self.template)), self.template)
 
     def save(self, folder: Path) -> None:
         """Write ``prompts.json`` and then ``prompts.safetensors``: the prompts alone, not CLIP."""
         p = self.prompts
-        save_json(Path(folder) / "prompts.json", {"n": p.n, "depth": p.depth, "vision": p.vision})
+        other = {} if self.template == template_of(p.n) else {"template": self.template}
+        save_json(Path(folder) / "prompts.json", {"n": p.n, "depth": p.depth, "vision": p.vision} | other)
         save_tensors(Path(folder) / "prompts.safetensors", p.state_dict())
 
     @classmethod
     def load(cls, folder: Path, clip: Clip, class_names: Sequence[str]) -> "MaPLe":
         """Read what ``save`` wrote and put it on a CLIP of the same widths."""
-        shape = load_json(Path(folder) / "prompts.json", "n", "depth", "vision")
-        prompts = _empty_prompts(clip, **shape)
+        settings = load_json(Path(folder) / "prompts.json", "n", "depth", "vision")
+        template = settings.pop("template", template_of(settings["n"]))
+        prompts = _empty_prompts(clip, **settings)
         _load(prompts, load_tensors(Path(folder) / "prompts.safetensors"), str(folder))
-        return cls(clip, prompts, tokenise(clip, class_prompts(class_names)))
+        return cls(clip, prompts, tokenise(clip, class_prompts(class_names, template)), template)
 
     @classmethod
     def from_official(cls, checkpoint: str | Path | dict, token_embedding=None, token_ids: torch.Tensor | None = None,
@@ -180,11 +186,12 @@ class MaPLe(Clip):
         """Read a checkpoint of the published code (``MultiModalPromptLearner/model.pth.tar-N``, or its state dict).
 
         It holds a whole CLIP in half precision but for the token embedding ``[V,D_text]``, which has to be given.
-        ``token_ids [C,L]``: tokenised prompts "a photo of a <class>."; with ``clip`` instead, its own weights, token
-        embedding and tokenizer are used, and ``class_names`` will do. ``depth``: refuse any other one.
+        ``token_ids [C,L]``: tokenised prompts, "a photo of a <class>." if it was trained with these words; with
+        ``clip`` instead, its own weights, token embedding and tokenizer are used, and ``class_names`` will do, for the
+        checkpoint tells which words it was trained with. ``depth``: refuse any other one.
         """
-        state = checkpoint if isinstance(checkpoint, dict) else read_foreign(Path(checkpoint))
-        state = state.get("state_dict", state)
+        given = isinstance(checkpoint, dict)
+        state = checkpoint.get("state_dict", checkpoint) if given else read_state_dict(Path(checkpoint))
         learned, frozen = _split(state)
         found = 1 + sum(key.startswith("compound_prompts_text.") for key in learned)
         if depth is not None and found != depth:
@@ -194,17 +201,23 @@ class MaPLe(Clip):
         clip = _official_clip(frozen, token_embedding) if clip is None else _checked_clip(clip, frozen)
         prompts = _empty_prompts(clip, learned["ctx"].shape[0], found, vision=True)
         _load(prompts, learned, "the checkpoint")
-        if token_ids is None:
-            if class_names is None or clip.tokenizer is None:
-                raise ValueError("There are no classes to name; give token_ids, or class_names and a clip that has a "
-                                 "tokenizer.")
-            token_ids = tokenise(clip, class_prompts(class_names))
-        return cls(clip, prompts, torch.as_tensor(token_ids))
+        if token_ids is not None:
+            return cls(clip, prompts, torch.as_tensor(token_ids))
+        if class_names is None or clip.tokenizer is None:
+            raise ValueError("There are no classes to name; give token_ids, or class_names and a clip that has a "
+                             "tokenizer.")
+        template = _trained_template(clip, prompts.n, state.get("prompt_learner.token_suffix"))
+        return cls(clip, prompts, tokenise(clip, class_prompts(class_names, template)), template)
 
 
-def class_prompts(class_names: Sequence[str]) -> list[str]:
+def template_of(n: int) -> str:
+    """How classes are called, as published: placeholders where more tokens are learned than the template has words."""
+    return TEMPLATE if n <= WORDS else "X " * n + "{}."
+
+
+def class_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
     """The prompt of every class."""
-    return [TEMPLATE.format(name.replace("_", " ")) for name in class_names]
+    return [template.format(name.replace("_", " ")) for name in class_names]
 
 
 def tokenise(clip: Clip, prompts: Sequence[str]) -> torch.Tensor:
@@ -214,7 +227,7 @@ def tokenise(clip: Clip, prompts: Sequence[str]) -> torch.Tensor:
 
 def new_maple(clip: Clip, class_names: Sequence[str], n: int, depth: int, vision: bool, seed: int) -> MaPLe:
     """Untrained prompts on a CLIP: where training starts, and a control for what it does."""
-    ids = tokenise(clip, class_prompts(class_names))
+    ids = tokenise(clip, class_prompts(class_names, template_of(n)))
     first_words = clip.model.text_model.embeddings.token_embedding(ids[0, 1:1 + n])
     return MaPLe(clip, _empty_prompts(clip, n, depth, vision).initialise(first_words, seed), ids)
 
@@ -233,9 +246,37 @@ def _load(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> Non
         if found != wanted.get(name):
             raise ValueError(f"The prompt weight {name} of {where} is {found}, but {wanted.get(name, 'none')} is asked "
                              "for; use a checkpoint of this depth and width.")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"The prompt weight {name} of {where} has values that are not finite; fetch it again.")
-    prompts.load_state_dict({name: value.float() for name, value in tensors.items()})
+    singles = {name: tensor.float() for name, tensor in tensors.items()}
+    if bad := [name for name, tensor in singles.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"The prompt weight {bad[0]} of {where} has values that are not finite; fetch it again.")
+    prompts.load_state_dict(singles)
+
+
+def _trained_template(clip: Clip, n: int, suffix: torch.Tensor | None) -> str:
+    """How classes were called in training with n learned tokens, told by what follows those: ``suffix [C,L,D_text]``.
+
+    The published code replaces the first n words of its template, which leaves the others in front of every name; with
+    ``CTX_INIT=""`` names follow at once.
+    """
+    if n >= WORDS:  # no word is left in either case
+        return template_of(n)
+    left = tokenise(clip, [TEMPLATE.format("x")])[0, 1 + n:1 + WORDS]
+    left = clip.model.text_model.embeddings.token_embedding(left).cpu()
+    if not torch.is_tensor(suffix) or suffix.ndim != 3 or suffix[0, :len(left)].shape != left.shape:
+        raise ValueError("The checkpoint has no prompt_learner.token_suffix to tell which words it was trained with; "
+                         "give token_ids.")
+    start = suffix[:, :len(left)].float().cpu()
+    if _alike(start, left.expand_as(start)):
+        return TEMPLATE
+    if _alike(start[:, 0], start[:1, 0].expand_as(start[:, 0])):
+        raise ValueError(f"The checkpoint was trained with other words than those of {TEMPLATE!r}; give token_ids of "
+                         "prompts with its CTX_INIT.")
+    return "X " * n + "{}."
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors are equal but for half precision."""
+    return a.shape == b.shape and torch.allclose(a.cpu().float(), b.cpu().float(), rtol=2**-10, atol=1e-6)
 
 
 def _split(state: dict) -> tuple[dict, dict]:
@@ -243,9 +284,13 @@ def _split(state: dict) -> tuple[dict, dict]:
     learned, frozen = {}, {}
     prefixes = {"prompt_learner.": (learned, ""), "image_encoder.": (frozen, "visual."), "text_encoder.": (frozen, "")}
     for key, value in state.items():
-        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        prefix = next((p for p in prefixes if str(key).startswith(p)), None)
         if not torch.is_tensor(value) or prefix is None and key != "logit_scale":
-            raise ValueError(f"The checkpoint's key {key} does not belong to MaPLe; give its model.pth.tar-N.")
+            raise ValueError(f"The checkpoint's key {short(str(key))} does not belong to MaPLe; give its "
+                             "model.pth.tar-N.")
+        if "VPT" in key:
+            raise ValueError(f"The checkpoint is of IVLP, by its key {key}: its image prompts do not follow from its "
+                             "text prompts, so that it cannot be read; give a checkpoint of MaPLe.")
         target, name = prefixes.get(prefix, (frozen, ""))
         if key not in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
             target[name + key[len(prefix or ""):]] = value
@@ -258,16 +303,14 @@ def _official_clip(frozen: dict, token_embedding) -> Clip:
     """The CLIP inside a checkpoint, with the token embedding it does not hold."""
     if token_embedding is None:
         raise ValueError("MaPLe's checkpoint has no token embedding; give CLIP's as token_embedding, or a whole clip.")
-    table = getattr(token_embedding, "weight", token_embedding)
-    return Clip(clip_model(frozen | {"token_embedding.weight": torch.as_tensor(table)}, "The checkpoint"))
+    table = torch.as_tensor(getattr(token_embedding, "weight", token_embedding))
+    return Clip(openai_clip(frozen | {"token_embedding.weight": table}, "The checkpoint"))
 
 
 def _checked_clip(clip: Clip, frozen: dict) -> Clip:
     """The given CLIP, after a look whether the checkpoint was trained on it: equal but for half precision."""
     own = clip.model.state_dict()
-    for name, value in renamed(frozen).items():
-        close = name in own and own[name].shape == value.shape and torch.allclose(
-            own[name].cpu(), value.cpu(), rtol=2**-10, atol=1e-6)
-        if not close:
+    for name, value in renamed(frozen, "The checkpoint").items():
+        if name not in own or not _alike(own[name], value):
             raise ValueError(f"The checkpoint was trained on another CLIP, its weight {name} differs; load that CLIP.")
     return clip

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,16 +99,9 @@ def model_files(folder: Path) -> list[Path]:
     return []
 
 
-def from_hub(name: str, what: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a repository on the hub, downloaded or in the cache: of its files those that fit the patterns."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"There is no {what} at {name}: no such file or folder, and the hub does not give it "
-                                f"({type(error).__name__}); check the name and the network.") from error
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as the middle of a sentence."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def file_sha256(path: str | Path) -> str:

@@ -38,7 +38,7 @@ class Refused(ValueError):
 
 
 class Record(dict):
-    """An object of a class that is not imported: its attributes, and as ``kind`` and ``arguments`` what it was made from."""
+    """An object of a class that is not imported: its attributes; ``kind`` and ``arguments`` say what made it."""
 
     kind, inert, arguments = "", True, ()
 
@@ -138,7 +138,7 @@ class Reader(pickle._Unpickler):
     def persistent_load(self, pid) -> torch.Tensor:
         """Tensor memory: ``("storage", type, key, device, length)``."""
         kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int or view not in ([], [None]):
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or any(view):
             raise Refused("it holds tensor data of an unknown kind")
         return self.memory(dtype, str(key), numel)
 

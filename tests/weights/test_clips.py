@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from patchsae import load_clip
-from patchsae.weights.openai import BLOCK, TOWERS, read_openai
+from patchsae.weights.clips import BLOCK, TOWERS, read_clip
 
 
 def small_clip() -> CLIPModel:
@@ -94,7 +94,7 @@ def test_scripted_model_in_half_precision(tmp_path):
     model = small_clip()
     names = {name: tensor.half() for name, tensor in openai_names(model).items()}
     torch.jit.script(Scripted(names)).save(tmp_path / "ViT-B-16.pt")
-    found = read_openai(tmp_path / "ViT-B-16.pt").state_dict()
+    found = read_clip(tmp_path / "ViT-B-16.pt").state_dict()
     assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float32}
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[name], tensor.half().float() if tensor.is_floating_point() else tensor)
