@@ -5,7 +5,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -17,6 +16,13 @@ def join() -> None:
 
     One may wait for another as long as a pass over a data set takes.
     """
+    try:
+        from accelerate import PartialState  # an extra: who starts one process has no use for it
+    except ModuleNotFoundError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return
+        raise OSError("Processes share work through accelerate, which is not installed; run "
+                      "pip install 'patchsae[scale]'.") from error
     PartialState(timeout=timedelta(days=1))
 
 
