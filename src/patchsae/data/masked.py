@@ -64,7 +64,7 @@ class MaskedImage:
 
 
 class MaskedDataset(Images):
-    """Images with masks in the folder ``root``. ``concepts``: kind -> names; ``groups``: concept -> what it belongs to."""
+    """Images with masks in a folder. ``concepts``: kind -> names; ``groups``: concept -> what it belongs to."""
 
     def __init__(self, root: Path, entries: list[Entry], names, class_names, groups: dict, size: int, grid: int):
         if not entries:
