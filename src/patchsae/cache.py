@@ -1,92 +1,215 @@
-"""The disk cache of activations: computed once, in half precision, by as many processes as there are; ``make cache``.
+"""The disk cache of activations: the tokens at the cut, computed once, kept in half precision, never served unchecked.
 
-What a cache looks like on the disk, and how it is read, is in ``shards``.
+A cache is a folder, of one model, block, preprocessing and set of images::
+
+    shard-00000.safetensors   "z" [n,T,D], float16 or bfloat16: the image tokens of n whole images; and notes as JSON:
+                              what the cache was made of; content id, label and crc32 of each image; what could not be
+                              read and why; sums that tell the cost of half precision
+    manifest.json             written last, and publishes: what the cache was made of, and the seal of every shard
+
+Opening checks everything but the tokens (see ``weights.sealed``). These are checked image by image when a process first
+reads them, and all at once by ``Cache.verify``. A shard has its name only when all of it is written, so that writing
+goes on after an interruption, to the same bytes.
 """
 
 import functools
-import hashlib
 import itertools
-import os
+import json
+import math
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import MOST_UNREADABLE, LostWorker, read_pixels
+from patchsae.activations import MOST_UNREADABLE, PixelBatch, finite_tokens, read_pixels
 from patchsae.clip import Clip
 from patchsae.config import Profile
+from patchsae.data.adapters import as_images
+from patchsae.data.images import Images, LostWorker, hash_of
 from patchsae.fast import processes
-from patchsae.shards import (
-    FORMAT,
-    MANIFEST,
-    Cache,
-    as_bytes,
-    cache_key,
-    cache_parts,
-    load_sealed,
-    open_cache,
-    read_manifest,
-    save_sealed,
-)
-from patchsae.weights.files import write_atomically
-from patchsae.weights.formats import file_sha256
+from patchsae.fast.memory import BatchMemory
+from patchsae.weights.sealed import MEND, MISSING, SealedRows, load_sealed, save_rows, save_sealed
 
-#: What a cache may take on the disk where nobody says otherwise, and about how large a shard is: 10 GiB and 1 GiB.
-MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**30
+FORMAT, MANIFEST = 2, "manifest.json"
+#: What a cache may take on the disk where nobody says otherwise, and about how large a shard is: 10 GiB and 256 MiB.
+MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**28
+#: What decides a cache -> what is said of one of which it is {0} and not {1}, as asked for.
+DIFFERENT = {"model": "with another model", "block": "after block {0} and not {1}", "images": "of other images",
+             "preprocessing": "with other preprocessing", "dtype": "in {0} and not {1}",
+             "shard_images": "in shards of {0} images and not {1}"}
 
 
-def cache_folder(profile: Profile, clip: Clip, ds) -> Path:
+# What it is made of -------------------------------------------------------------------------------------
+
+def made_of(clip: Clip | None, ds: Images | None, layer: int | None) -> dict:
+    """What decides the tokens, as far as it is given: weights, what happens to pixels, block, images."""
+    parts = {}
+    if clip is not None:
+        levels = None
+        if clip.processor is not None:  # what normalising makes of every grey level
+            grey = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(-1, -1, -1, 3)
+            levels = hash_of(clip.normalise(grey).flatten().tolist())
+        preprocessing = {"size": clip.crop.size, "resample": int(clip.crop.resample), "levels": levels}
+        parts |= {"model": clip.fingerprint(), "preprocessing": preprocessing}
+    if layer is not None:
+        if clip is None:
+            raise ValueError("Blocks are counted in a model; give the model together with the layer.")
+        parts["block"] = clip.block(layer)
+    if ds is not None:
+        parts["images"] = as_images(ds).fingerprint()
+    return parts
+
+
+def cache_folder(profile: Profile, clip: Clip, ds: Images) -> Path:
     """Where the cache of a data set at the profile's cut goes."""
-    return profile.run_dir / "activations" / cache_key(cache_parts(clip, ds, profile.model.layer))
+    parts = json.dumps(made_of(clip, ds, profile.model.layer), sort_keys=True)
+    return profile.run_dir / "activations" / hash_of([FORMAT, parts])
+
+
+def cache_bytes(clip: Clip, n_images: int) -> int:
+    """Size of the tokens ``[N,T,D]`` in half precision."""
+    return 2 * n_images * clip.n_tokens * clip.width
+
+
+def _refuse_other(path: Path, parts: dict, expected: dict) -> None:
+    """Refuse a file of a cache that was made of other things."""
+    if other := [DIFFERENT[name].format(parts[name], it) for name, it in expected.items() if parts[name] != it]:
+        raise ValueError(f"{path} is of a cache that was made {' and '.join(other)}; choose another folder, or remove "
+                         f"{path.parent} and run `make cache` again.")
+
+
+# Reading ------------------------------------------------------------------------------------------------
+
+def open_cache(folder: Path, clip: Clip | None = None, ds: Images | None = None, layer: int | None = None) -> "Cache":
+    """Open a finished cache all of whose files are there, whole and of one writing.
+
+    ``clip``, ``ds`` and ``layer``: where given, a cache that was made of others is refused.
+    """
+    return Cache(Path(folder), made_of(clip, ds, layer))
 
 
 @functools.lru_cache(maxsize=1)
-def profile_cache(profile: Profile, clip: Clip, ds) -> Cache | None:
+def profile_cache(profile: Profile, clip: Clip, ds: Images) -> "Cache | None":
     """The disk cache that the profile trains on, if it does."""
     if not profile.data.cache:
         return None
-    found = open_cache(clip, ds, profile.model.layer, cache_folder(profile, clip, ds))
-    if found.manifest["dtype"] != profile.data.cache:
-        raise ValueError(f"{found.folder} is in {found.manifest['dtype']}, but the profile asks for "
-                         f"{profile.data.cache}; change data.cache, or remove the folder and run `make cache`.")
-    return found
+    cache = open_cache(cache_folder(profile, clip, ds), clip, ds, profile.model.layer)
+    if (dtype := cache.manifest["made_of"]["dtype"]) != profile.data.cache:
+        raise ValueError(f"{cache.folder} is in {dtype}, but the profile asks for {profile.data.cache}; change "
+                         "data.cache, or remove the folder and run `make cache`.")
+    return cache
 
 
-def cache_bytes(clip: Clip, n_images: int, dtype: torch.dtype = torch.float16) -> int:
-    """Size of all shards: N T D times the bytes of a number."""
-    return n_images * clip.n_tokens * clip.width * dtype.itemsize
+class Cache:
+    """A finished cache: ``cache[rows] -> [B,T,D]`` in its own dtype and in the order of ``rows``, which are positions
+    in the data set. Images that could not be read when it was written are left out.
+
+    ``rows``: the positions that it holds, ``len(cache)`` of them; ``labels`` and ``ids`` belong to these.
+    """
+
+    def __init__(self, folder: Path, expected: dict):
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, so there is no finished cache; {MISSING}.")
+        self.folder, self.manifest = folder, load_sealed(path)
+        if (version := self.manifest["format"]) != FORMAT:
+            raise ValueError(f"{path} has the format {version}, not {FORMAT}; remove {folder} and run `make cache`.")
+        _refuse_other(path, self.manifest["made_of"], expected)
+        self.shape, self.dtype = tuple(self.manifest["shape"]), getattr(torch, self.manifest["made_of"]["dtype"])
+        self.shards = [SealedRows(folder / name) for name in self.manifest["shards"]]
+        for shard, seal in zip(self.shards, self.manifest["shards"].values()):
+            if shard.notes["seal"] != seal:
+                raise ValueError(f"{shard.path} is damaged or belongs to another {MANIFEST}; {MEND}.")
+        readable = np.ones(self.manifest["n_images"], dtype=bool)
+        readable[np.array(self.manifest["unreadable"], dtype=np.int64)] = False
+        self.rows, self.places = np.flatnonzero(readable), np.where(readable, np.cumsum(readable) - 1, -1)
+        self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self._memory = BatchMemory()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int64, one for each of ``rows``."""
+        return np.array([label for shard in self.shards for label in shard.notes["labels"]], np.int64)
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """Content ids, one for each of ``rows``."""
+        return [name for shard in self.shards for name in shard.notes["ids"]]
+
+    def __getitem__(self, rows) -> torch.Tensor:
+        return self._read(rows)
+
+    def batches(self, rows: Iterable, device: str | torch.device = "cpu", threads: int = 2) -> Iterator[torch.Tensor]:
+        """The tokens of each batch of positions, in order, on a device; threads read ahead."""
+        device, rows = torch.device(device), iter(rows)
+        with ThreadPoolExecutor(threads) as pool:
+            read = functools.partial(pool.submit, self._read, pin=device.type == "cuda")
+            ahead = deque(map(read, itertools.islice(rows, threads + 1)))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(map(read, itertools.islice(rows, 1)))
+                yield batch.to(device, non_blocking=True)
+
+    def _read(self, rows, pin: bool = False) -> torch.Tensor:
+        """Copies of the images at these positions; ``pin``: in memory from which a GPU fetches while it works."""
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.places):
+            raise IndexError(f"Positions {rows.min()} to {rows.max()} are not all in this data set of "
+                             f"{len(self.places)} images; choose others.")
+        places = self.places[rows][self.places[rows] >= 0]
+        size = len(places), math.prod(self.shape) * self.dtype.itemsize
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else self._memory(*size)
+        numbers = np.searchsorted(self._starts, places, "right") - 1
+        for out, s, i in zip(memory.numpy(), numbers.tolist(), (places - self._starts[numbers]).tolist()):
+            self.shards[s].copy(i, out)
+        return memory.view(self.dtype).view(-1, *self.shape)
+
+    def shard_path(self, place: int) -> Path:
+        """The file that holds the image at a place among ``rows``."""
+        return self.shards[int(np.searchsorted(self._starts, place, "right")) - 1].path
+
+    def verify(self) -> None:
+        """Check every byte."""
+        for shard in tqdm(self.shards, desc="bytes of the cache", mininterval=1):
+            shard.verify()
 
 
-def write_cache(clip: Clip, ds, layer: int, folder: Path, dtype: torch.dtype = torch.float16,
-                shard_images: int | None = None, most_bytes: float = MOST_BYTES, batch_images: int = 64,
-                title: str = "") -> Cache:
+# Writing ------------------------------------------------------------------------------------------------
+
+def write_cache(clip: Clip, ds: Images, layer: int, folder: Path, dtype: torch.dtype = torch.float16,
+                most_bytes: float = MOST_BYTES, batch_images: int = 64) -> Cache:
     """Write the image tokens of a data set to ``folder``, or go on at the first shard that is not complete.
 
-    ``shard_images``: images of a shard, by default as many as 1 GiB holds; ``most_bytes``: what the cache may take.
-    Processes of one launch share the shards. The bytes depend neither on how many they are nor on interruptions.
+    ``most_bytes``: what the cache may take; a larger one is refused before anything is written. Processes of one launch
+    share the shards. The bytes depend neither on how many they are nor on interruptions.
     """
+    ds, folder = as_images(ds), Path(folder)
     if not len(ds):
         raise ValueError("The data set is empty; give one with at least one image.")
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"A cache is in float16 or bfloat16, not in {dtype}; choose one of these.")
-    shard_images = shard_images or max(1, SHARD_BYTES // cache_bytes(clip, 1, dtype))
-    writer = _Writer(clip, ds, layer, Path(folder), dtype, shard_images, batch_images)
+    writer = _Writer(clip, ds, layer, folder, dtype, batch_images)
     if not all(processes.gathered(writer.is_published())):
-        _refuse_size(writer.folder, cache_bytes(clip, len(ds), dtype), most_bytes)
-        writer.write(title)
-    return Cache(writer.folder, read_manifest(writer.folder, writer.parts))
+        _refuse_size(folder, cache_bytes(clip, len(ds)), most_bytes)
+        writer.write()
+    return open_cache(folder)
 
 
 def _refuse_size(folder: Path, size: int, most_bytes: float) -> None:
-    """Stop before anything is written where the cache is larger than allowed, or than the disk has room for."""
+    """Stop where the cache is larger than allowed, or than the disk has room for."""
     if size > most_bytes:
         raise ValueError(f"The cache would take {gigabytes(size)} in {folder}, more than {gigabytes(most_bytes)}; pass "
                          f"most_bytes={size} or answer yes to the question of `make cache`.")
-    missing = size - sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
+    missing = size - sum(path.stat().st_size for path in folder.glob("shard-*"))
     if missing > (free := free_bytes(folder)):
         raise OSError(f"The cache takes {gigabytes(missing)} more in {folder}, but {gigabytes(free)} are free; free "
                       "space there or choose another folder.")
@@ -103,209 +226,127 @@ def gigabytes(n: float) -> str:
 
 
 class _Writer:
-    """One writing of a cache. ``head``: what every sidecar and the manifest say alike; ``n``: how many shards."""
+    """One writing of a cache; processes of one launch have equal parts of its shards."""
 
-    def __init__(self, clip: Clip, ds, layer: int, folder: Path, dtype: torch.dtype, shard_images: int, batch: int):
-        self.clip, self.ds, self.layer, self.folder, self.dtype, self.batch = clip, ds, layer, folder, dtype, batch
-        self.parts, self.n = cache_parts(clip, ds, layer), -(-len(ds) // shard_images)
-        self.head = {"key": cache_key(self.parts), "dtype": str(dtype).removeprefix("torch."),
-                     "shape": [clip.n_tokens, clip.width], "n_images": len(ds), "shard_images": shard_images}
+    def __init__(self, clip: Clip, ds: Images, layer: int, folder: Path, dtype: torch.dtype, batch_images: int):
+        self.clip, self.ds, self.layer, self.folder = clip, ds, layer, folder
+        self.dtype, self.batch_images = dtype, batch_images
+        self.shard_images = max(1, SHARD_BYTES // cache_bytes(clip, 1))
+        self.made_of = made_of(clip, ds, layer) | {"dtype": str(dtype).removeprefix("torch."),
+                                                   "shard_images": self.shard_images}
+        self.paths = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(ds) // self.shard_images))]
 
     def is_published(self) -> bool:
-        """Whether the cache is there, as far as opening it tells; a folder with another one is an error."""
-        if not (self.folder / MANIFEST).is_file():
-            return False
-        manifest = read_manifest(self.folder, self.parts)
-        self._refuse_other(self.folder / MANIFEST, manifest, "dtype")
+        """Whether the cache is there, as far as opening it tells; another one in its folder is an error."""
         try:
-            Cache(self.folder, manifest)
-        except (FileNotFoundError, ValueError):
-            return False  # a file was removed or damaged, and is made anew
+            Cache(self.folder, self.made_of)
+        except FileNotFoundError:
+            return False
         return True
 
-    def _refuse_other(self, path: Path, content: dict, *names: str) -> None:
-        """Refuse a file of another cache, which would be overwritten; ``names``: what has to be the same."""
-        for name in names:
-            if content.get(name) != self.head[name]:
-                raise ValueError(f"{path} is of a cache with the {name} {content.get(name)}, not {self.head[name]}; "
-                                 f"use that, choose another folder or remove {self.folder}.")
-
-    def write(self, title: str) -> None:
-        """Write the shards that are not complete, each process its share of them, and publish the cache."""
-        incomplete = [k for k in processes.share(self.n) if not self._is_complete(k)]
-        todo = [k for part in self._met(incomplete) for k in part]
-        if processes.rank() == 0:
-            _clear(self.folder)
-        self._met()
-        if not self._written([todo[i] for i in processes.share(len(todo))], title):
-            raise ChildProcessError("A process that reads images was lost, perhaps for want of memory; run again, the "
-                                    f"finished shards in {self.folder} are kept.")
-        self._met()
+    def write(self) -> None:
+        """Write the shards that are not complete, each process its part of them, and publish the cache."""
+        numbers = [k for k in processes.share(len(self.paths)) if not self._is_complete(k)]
+        self._write_shards(numbers)
+        self._wait()
         if processes.rank() == 0:
             self._publish()
-        self._met()
+        self._wait()
 
-    def _written(self, todo: list[int], title: str) -> bool:
-        """Write these shards; False where a process that reads images was lost. Raising that here would keep its
-        loader alive, which fails again whenever another of its processes ends."""
+    def _wait(self) -> None:
         try:
-            for k, batches in self._by_shard(todo, title):
-                self._write_shard(k, batches)
-        except LostWorker:
-            return False
-        return True
-
-    def _met(self, value=None) -> list:
-        """What every process gives; where one was lost, an error."""
-        try:
-            return processes.gathered(value)
+            processes.wait()
         except RuntimeError as error:
-            raise ChildProcessError("Another process of this launch was lost; run again, the finished shards in "
-                                    f"{self.folder} are kept.") from error
-
-    def _path(self, k: int) -> Path:
-        return self.folder / f"shard-{k:05}.bin"
+            raise LostWorker("Another process of this launch was lost; run again, and it goes on from what is "
+                             f"finished in {self.folder}.") from error
 
     def _rows(self, k: int) -> range:
         """Positions in the data set that belong to a shard."""
-        size = self.head["shard_images"]
-        return range(k * size, min((k + 1) * size, len(self.ds)))
+        return range(len(self.ds))[k * self.shard_images:(k + 1) * self.shard_images]
 
     def _is_complete(self, k: int) -> bool:
         """Whether a shard is there and whole; what could not be read of it is noted again."""
-        path = self._path(k)
         try:
-            sidecar = load_sealed(path.with_suffix(".json"))
+            shard = SealedRows(self.paths[k])
+            shard.verify()
         except (FileNotFoundError, ValueError):
             return False
-        self._refuse_other(path.with_suffix(".json"), sidecar, *self.head)
-        if not path.is_file() or file_sha256(path) != sidecar["sha256"]:
-            return False
-        self.ds.unreadable.update(_unreadable(sidecar))
+        _refuse_other(shard.path, shard.notes["made_of"], self.made_of)
+        self.ds.unreadable |= _unreadable(shard)
         return True
 
-    def _by_shard(self, todo: list[int], title: str) -> Iterator[tuple[int, Iterator]]:
-        """Shards and their batches of pixels. Batches begin anew with each shard, so that its bytes are its own."""
-        parts = [np.array(self._rows(k)[i:i + self.batch]) for k in todo
-                 for i in range(0, len(self._rows(k)), self.batch)]
-        bar = tqdm(read_pixels(self.clip, self.ds, parts), total=len(parts), desc=title, mininterval=1,
-                   disable=not title or processes.rank() > 0)
-        stream = itertools.chain(bar, [None])
-        held = next(stream)
-
-        def batches(k: int) -> Iterator:
-            nonlocal held
-            while held is not None and held.rows[0] in self._rows(k):
-                yield held
-                held = next(stream)
-
-        for k in todo:
-            yield k, batches(k)
+    def _write_shards(self, numbers: list[int]) -> None:
+        """Batches begin anew with each shard, so that its bytes are its own; images are read ahead over all of them."""
+        batches = [np.array(rows[i:i + self.batch_images]) for rows in map(self._rows, numbers)
+                   for i in range(0, len(rows), self.batch_images)]
+        bar = tqdm(read_pixels(self.clip, self.ds, batches), "tokens of the images", len(batches), mininterval=1,
+                   disable=processes.rank() > 0)
+        left = set(numbers)
+        for k, batches_of_shard in itertools.groupby(bar, lambda batch: int(batch.rows[0]) // self.shard_images):
+            self._write_shard(k, batches_of_shard)
+            left.remove(k)
+        for k in left:  # none of its images can be read
+            self._write_shard(k, [])
 
     @torch.no_grad()
-    def _write_shard(self, k: int, batches) -> None:
-        record = _Record()
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                for batch in batches:
-                    z = self.clip.below(batch.pixels, self.layer)[:, :self.clip.n_tokens]
-                    file.write(record.add(batch, z, _half(batch, z, self.dtype)))
-                file.flush()
-                os.fsync(file.fileno())
-
-        write_atomically(self._path(k), write)
-        noted = self.ds.unreadable
-        unreadable = {str(row): noted[row] for row in self._rows(k) if row in noted}
-        save_sealed(self._path(k).with_suffix(".json"), self.head | record.content() | {"unreadable": unreadable})
+    def _write_shard(self, k: int, batches: Iterable[PixelBatch]) -> None:
+        tokens, ids, labels = [torch.empty(0, self.clip.n_tokens, self.clip.width, dtype=self.dtype)], [], []
+        sums = np.zeros(self.clip.width + 2)
+        for batch in batches:
+            z = finite_tokens(self.clip, batch, self.layer)[:, :self.clip.n_tokens]
+            tokens.append(_half(batch, z, self.dtype).cpu())
+            sums += _sums(z, tokens[-1].to(z))
+            ids += map(str, batch.ids)
+            labels += batch.labels.tolist()
+        unreadable = {row: self.ds.unreadable[row] for row in self._rows(k) if row in self.ds.unreadable}
+        save_rows(self.paths[k], torch.cat(tokens), {"made_of": self.made_of, "ids": ids, "labels": labels,
+                                                     "unreadable": unreadable, "sums": sums.tolist()})
 
     def _publish(self) -> None:
-        """Write the manifest from the sidecars."""
-        files = [self._path(k).with_suffix(".json") for k in range(self.n)]
-        sidecars = [load_sealed(path) for path in files]
-        unreadable = {row: reason for sidecar in sidecars for row, reason in _unreadable(sidecar).items()}
-        if len(unreadable) > MOST_UNREADABLE * len(self.ds):  # processes counted each for itself
+        """Write the manifest from what the shards say, and remove what lost processes left."""
+        shards = [SealedRows(path) for path in self.paths]
+        unreadable = {row: reason for shard in shards for row, reason in _unreadable(shard).items()}
+        if len(unreadable) > max(1, MOST_UNREADABLE * len(self.ds)):  # processes counted each for itself
             raise ValueError(f"{len(unreadable)} of {len(self.ds)} images cannot be read, more than "
                              f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(unreadable.values()))}")
-        shards = [{"name": path.stem, "rows": len(sidecar["ids"]), "sha256": file_sha256(path)}
-                  for path, sidecar in zip(files, sidecars)]
-        save_sealed(self.folder / MANIFEST, self.head | {
-            "format": FORMAT, "parts": self.parts, "rows": sum(shard["rows"] for shard in shards), "shards": shards,
-            "n_unreadable": len(unreadable), "unreadable": sorted(unreadable),
-            "explained_variance_cost": explained_variance_cost([sidecar["moments"] for sidecar in sidecars])})
+        n_tokens = self.clip.n_tokens * sum(map(len, shards))
+        save_sealed(self.folder / MANIFEST, {
+            "format": FORMAT, "made_of": self.made_of, "shape": [self.clip.n_tokens, self.clip.width],
+            "n_images": len(self.ds), "unreadable": sorted(unreadable),
+            "explained_variance_cost": explained_variance_cost([shard.notes["sums"] for shard in shards], n_tokens),
+            "shards": {shard.path.name: shard.notes["seal"] for shard in shards}})
+        for path in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{MANIFEST}.*")):
+            with suppress(OSError):
+                path.unlink()
 
 
-class _Record:
-    """What is noted of a shard while it is written."""
-
-    def __init__(self):
-        self.digest, self.ids, self.labels, self.crc32 = hashlib.sha256(), [], [], []
-        self.tokens, self.sum, self.squares, self.error = 0, torch.zeros(0), 0.0, 0.0
-
-    def add(self, batch, z: torch.Tensor, half: torch.Tensor) -> np.ndarray:
-        """Note a batch of tokens ``[B,T,D]`` and what is kept of them; returns its bytes ``[B, bytes of an image]``."""
-        images = as_bytes(half.cpu().contiguous())
-        self.digest.update(images)
-        self.crc32 += map(zlib.crc32, images)
-        self.ids += map(str, batch.ids)
-        self.labels += batch.labels.tolist()
-        exact = z.double().flatten(0, 1)
-        self.sum = exact.sum(0) + (self.sum if self.tokens else 0)
-        self.squares += exact.square().sum().item()
-        self.error += (exact - half.flatten(0, 1)).square().sum().item()
-        self.tokens += len(exact)
-        return images
-
-    def content(self) -> dict:
-        """What the sidecar says of the shard."""
-        moments = {"tokens": self.tokens, "sum": self.sum.tolist(), "squares": self.squares, "error": self.error}
-        return {"sha256": self.digest.hexdigest(), "crc32": self.crc32, "ids": self.ids, "labels": self.labels,
-                "moments": moments, "explained_variance_cost": explained_variance_cost([moments])}
+def _unreadable(shard: SealedRows) -> dict[int, str]:
+    """Position -> reason."""
+    return {int(row): reason for row, reason in shard.notes["unreadable"].items()}
 
 
-def explained_variance_cost(moments: list[dict]) -> float:
-    """What rounding takes from the explained variance: sum ||z - half(z)||^2 / sum ||z - mean z||^2 over all tokens.
-
-    ``moments``: of each shard the number of tokens, their sum ``[D]``, sum of squares and squared rounding error.
-    """
-    moments = [part for part in moments if part["tokens"]]
-    total, n = np.sum([part["sum"] for part in moments], axis=0), sum(part["tokens"] for part in moments)
-    variance = sum(part["squares"] for part in moments) - np.square(total).sum() / max(1, n)
-    return float(sum(part["error"] for part in moments) / variance) if variance > 0 else 0.0
-
-
-def _half(batch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _half(batch: PixelBatch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Tokens in half precision; values that it cannot hold are an error."""
     half = z.to(dtype)
-    if half.isfinite().all():
-        return half
-    bad = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
-    image = f"Image {batch.ids[bad]} (position {batch.rows[bad]})"
-    if not z[bad].isfinite().all():
-        raise ValueError(f"{image} gives tokens that are not finite; check its pixels and the model's weights.")
-    raise ValueError(f"{image} has activations of up to {z[bad].abs().max():.3g}, which is too large for float16; "
-                     "choose bfloat16, as `patchsae cache --dtype bfloat16` does.")
+    if not half.isfinite().all():
+        bad = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) has activations of up to "
+                         f"{z[bad].abs().max():.3g}, which is too large for float16; choose bfloat16, as `patchsae "
+                         "cache --dtype bfloat16` does.")
+    return half
 
 
-def _unreadable(sidecar: dict) -> dict[int, str]:
-    """Position -> reason."""
-    return {int(row): reason for row, reason in sidecar["unreadable"].items()}
+def _sums(z: torch.Tensor, half: torch.Tensor) -> np.ndarray:
+    """Sum over tokens of z, of ||z||^2 and of ||z - half||^2: ``[D + 2]``."""
+    exact, error = z.double().flatten(0, 1), (z - half).double()
+    return np.array([*exact.sum(0).tolist(), exact.square().sum().item(), error.square().sum().item()])
 
 
-def _clear(folder: Path) -> None:
-    """Remove the manifest, so that until it is written anew there is no cache, and what lost processes left behind."""
-    files = [path for path in folder.glob(".*.*.*.*") if path.suffixes[-2][1:].isdigit()]
-    left = [path for path in files if not _is_alive(int(path.suffixes[-2][1:]))]
-    try:
-        for path in (*folder.glob(MANIFEST), *left):
-            path.unlink()
-    except OSError as error:
-        raise OSError(f"Cannot remove {path}: {error.strerror}; choose another folder.") from error
+def explained_variance_cost(sums: list[list[float]], n_tokens: int) -> float:
+    """What rounding takes from the explained variance: sum ||z - half(z)||^2 / sum ||z - mean z||^2 over all tokens.
 
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
+    ``sums``: of each shard, as ``_sums`` gives them.
+    """
+    *total, squares, error = np.sum(sums, axis=0)
+    variance = squares - np.square(total).sum() / max(1, n_tokens)
+    return float(error / variance) if variance > 0 else 0.0
