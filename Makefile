@@ -32,7 +32,7 @@ help:  ## list the commands
 	@echo '  Options: PROFILE=mini (default), paper or rehearsal; PYTHON=<interpreter> uses that instead of make env'
 
 env:  ## install the environment into .venv (into .conda where conda is installed)
-	@$(if $(ENVIRONMENT),tools/make_env.sh $(ENVIRONMENT),true)
+	@tools/make_env.sh $(or $(ENVIRONMENT),--check "$(PYTHON)")
 
 figures: $(RUNS)  ## recompute every figure whose code or inputs changed
 

@@ -2,9 +2,10 @@
 # make_env.sh <folder>: a virtual environment in <folder> with the packages of requirements.lock and this package.
 # With conda on the path the folder becomes a conda environment. Nothing happens, and no network is needed, when
 # the folder already holds what requirements.lock, pyproject.toml and environment.yml ask for.
+# make_env.sh --check <interpreter>: whether an interpreter of one's own has what pyproject.toml asks for.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-folder=$1
+if [ "$1" = --check ]; then checked=$2; folder=; else folder=$1; fi
 python="$PWD/$folder/bin/python"
 # The stamp lies inside the environment: it goes when the environment goes, and survives `make clean`.
 stamp="$folder/patchsae.stamp"
@@ -52,6 +53,35 @@ install_packages() {
         "$python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 }
 
+# What an interpreter lacks of what pyproject.toml asks for in order to run, too old versions too.
+missing_packages() {
+    "$1" - <<'PYTHON'
+import importlib.metadata as metadata, re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)[:3]]
+missing = []
+for line in sum(extras, project["dependencies"]):
+    name, least, below = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<([\d.]+))?", line).groups()
+    try:
+        there = numbers(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        there = []
+    if there < numbers(least) or below and there >= numbers(below):
+        missing.append(line)
+print(*missing[:3], *([f"and {len(missing) - 3} more packages"] if missing[3:] else []))
+PYTHON
+}
+
+check_interpreter() {
+    local missing
+    command -v "$1" >/dev/null || fail "PYTHON=$1 is no interpreter; give the path of one, or leave PYTHON= out."
+    recent_enough "$1" || fail "PYTHON=$1 is not Python 3.11 or newer; give another one, or leave PYTHON= out."
+    missing=$(missing_packages "$1")
+    [ -z "$missing" ] || fail "PYTHON=$1 lacks $missing; run $1 -m pip install --requirement requirements.lock, or leave PYTHON= out."
+}
+
+if [ -z "$folder" ]; then check_interpreter "$checked"; exit; fi
 if is_current; then exit 0; fi
 rm -f "$stamp"
 if [ "$(basename "$folder")" = .conda ]; then make_conda; else make_venv; fi

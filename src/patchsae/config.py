@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 
 def _project_folder() -> Path:
@@ -39,7 +38,7 @@ def resolve(path: str | Path) -> Path:
 
 def _distinct(values: tuple) -> tuple:
     if len(set(values)) < len(values):
-        raise PydanticCustomError("distinct", "Input should hold nothing twice")
+        raise ValueError("it should hold nothing twice")
     return values
 
 

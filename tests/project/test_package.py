@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -87,4 +88,14 @@ def test_the_installed_package_works_in_another_folder_without_extras(wheel, tmp
 
 def test_the_version_stands_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "version" not in project and (ROOT / "CHANGELOG.md").read_text().count(f"## {patchsae.__version__}") == 1
+    assert "version" not in project and "version" not in (ROOT / "CITATION.cff").read_text().replace("cff-version", "")
+    assert (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").count(f"\n## {patchsae.__version__}\n") == 1
+
+
+def test_an_interpreter_that_lacks_packages_is_told_so(tmp_path):
+    venv.create(tmp_path / "bare")
+    for python, status, said in ((sys.executable, 0, ""), (tmp_path / "bare/bin/python", 2, "lacks torch>=2.6"),
+                                 (tmp_path / "none", 2, "is no interpreter")):
+        done = subprocess.run(["make", "env", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+        assert done.returncode == status and len(lines) <= 1 and said in done.stderr, done.stderr
