@@ -173,12 +173,8 @@ class Cache:
             self.shards[s].copy(i, out)
         return memory.view(self.dtype).view(-1, *self.shape)
 
-    def shard_path(self, place: int) -> Path:
-        """The file that holds the image at a place among ``rows``."""
-        return self.shards[int(np.searchsorted(self._starts, place, "right")) - 1].path
-
     def verify(self) -> None:
-        """Check every byte."""
+        """Check every byte; ``patchsae cache --verify`` compares them with the images and the model, too."""
         for shard in tqdm(self.shards, desc="bytes of the cache", mininterval=1):
             shard.verify()
 
