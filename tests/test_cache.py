@@ -182,8 +182,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(clip, many_files, tmp
     held = write_cache(clip, many_files, LAYER, tmp_path / "c", batch_images=3)
     bad = [i for i, (path, _) in enumerate(many_files.files) if path.stem in ("02", "07")]
     assert held.manifest["unreadable"] == bad and len(held) == 22
-    said = {k: v for shard in held.shards for k, v in shard.notes["unreadable"].items()}
-    assert sorted(map(int, said)) == bad and all("Cannot read the image" in reason for reason in said.values())
+    said = dict(pair for shard in held.shards for pair in shard.notes["unreadable"])
+    assert sorted(said) == bad and all("Cannot read the image" in reason for reason in said.values())
     assert held[range(24)].shape == (22, 5, 12) and held[bad].shape == (0, 5, 12)
     with torch.no_grad():
         last = clip.below(clip.pixels(many_files[23].image), LAYER).half()
