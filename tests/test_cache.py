@@ -4,8 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -16,13 +14,15 @@ import torch
 import torch.distributed as dist
 from conftest import LAYER, SIDE, one_sentence, random_clip_model, tiny_processor
 from PIL import Image
+from safetensors import safe_open
 
-from patchsae import ArrayDataset, cache, shards
-from patchsae.cache import cache_bytes, cache_folder, write_cache
+from patchsae import ArrayDataset, cache
+from patchsae.cache import DIFFERENT, cache_bytes, cache_folder, open_cache, write_cache
 from patchsae.clip import Clip
 from patchsae.data.datasets import FolderDataset
+from patchsae.data.images import LostWorker
 from patchsae.maple import new_maple
-from patchsae.shards import Cache, load_sealed, open_cache, save_sealed
+from patchsae.weights.sealed import load_sealed, save_sealed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -30,19 +30,25 @@ sys.path.insert(0, str(ROOT / "tools"))
 from stress_cache import FAULTS, World, contents, is_continued, is_detected, sources  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-SHARD = 5  # images; the 23 of ``pixel_data`` are four whole shards and one of three
+IMAGE = 5 * 12 * 2  # bytes of an image's tokens
+NAMES = [f"shard-0000{k}.safetensors" for k in range(6)]
+
+
+def shards_of(images, monkeypatch):
+    """Have shards of so many images."""
+    monkeypatch.setattr(cache, "SHARD_BYTES", images * IMAGE)
 
 
 @pytest.fixture(autouse=True)
-def _files_as_they_are(monkeypatch):
-    """Waiting for a disk proves nothing here."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+def _shards_of_five(monkeypatch):
+    """The 23 images of ``pixel_data`` are four whole shards and one of three."""
+    shards_of(5, monkeypatch)
 
 
 @pytest.fixture
 def made(clip, pixel_data, tmp_path):
     """A cache in a folder of its own."""
-    return write_cache(clip, pixel_data, LAYER, tmp_path / "cache", shard_images=SHARD, batch_images=2)
+    return write_cache(clip, pixel_data, LAYER, tmp_path / "cache", batch_images=2)
 
 
 @torch.no_grad()
@@ -66,7 +72,7 @@ def refusal(kind, call, *words):
 @DTYPES
 @pytest.mark.parametrize("layer", [0, LAYER])
 def test_a_cache_holds_the_tokens_of_the_cut(clip, pixel_data, tmp_path, dtype, layer):
-    held = write_cache(clip, pixel_data, layer, tmp_path / "c", dtype, SHARD, batch_images=2)[range(23)]
+    held = write_cache(clip, pixel_data, layer, tmp_path / "c", dtype, batch_images=2)[range(23)]
     expected = tokens(clip, pixel_data, layer, dtype)
     assert held.dtype == dtype and held.shape == expected.shape
     # Another batch size may round the last bit of float32, and so now and then one of half precision.
@@ -76,9 +82,9 @@ def test_a_cache_holds_the_tokens_of_the_cut(clip, pixel_data, tmp_path, dtype, 
 
 def test_of_uint8_images_and_with_prompts(clip, image_data, tmp_path):
     adapted = new_maple(clip, image_data.class_names, n=2, depth=3, vision=True, seed=0)
-    held = write_cache(adapted, image_data, LAYER, tmp_path / "c", shard_images=SHARD)
+    held = write_cache(adapted, image_data, LAYER, tmp_path / "c")
     assert held.shape == (5, 12) and torch.allclose(held[range(14)], tokens(adapted, image_data), rtol=2e-3, atol=1e-5)
-    refusal(ValueError, lambda: open_cache(clip, image_data, LAYER, tmp_path / "c"), "manifest.json", "another model")
+    refusal(ValueError, lambda: open_cache(tmp_path / "c", clip, image_data, LAYER), "manifest.json", "another model")
 
 
 def test_labels_and_ids_are_those_of_the_images(made, pixel_data):
@@ -89,27 +95,29 @@ def test_labels_and_ids_are_those_of_the_images(made, pixel_data):
 
 @DTYPES
 def test_the_cost_of_half_precision_is_that_of_its_definition(clip, pixel_data, tmp_path, dtype):
-    held = write_cache(clip, pixel_data, LAYER, tmp_path / "c", dtype, SHARD)
+    held = write_cache(clip, pixel_data, LAYER, tmp_path / "c", dtype)
     with torch.no_grad():
         z = clip.below(pixel_data.pixels, LAYER).flatten(0, 1).double()
     lost = (z - held[range(23)].double().flatten(0, 1)).square().sum() / (z - z.mean(0)).square().sum()
     assert held.manifest["explained_variance_cost"] == pytest.approx(lost.item(), rel=1e-3)
-    one = load_sealed(tmp_path / "c" / "shard-00004.json")["explained_variance_cost"]
-    z = z[-15:]
-    lost = (z - held[range(20, 23)].double().flatten(0, 1)).square().sum() / (z - z.mean(0)).square().sum()
-    assert one == pytest.approx(lost.item(), rel=1e-3) and 0 < one < 1e-4
+    assert 0 < lost < 1e-4
 
 
 def test_files_say_what_they_are(made, clip, pixel_data):
     manifest = json.loads((made.folder / "manifest.json").read_text())
-    assert manifest["parts"] == {"model": clip.fingerprint(), "block": 2, "images": pixel_data.fingerprint(),
-                                 "preprocessing": manifest["parts"]["preprocessing"]}
-    assert [manifest[name] for name in ("dtype", "shape", "rows", "n_unreadable")] == ["float16", [5, 12], 23, 0]
-    sizes = [path.stat().st_size for path in sorted(made.folder.glob("*.bin"))]
-    assert sizes == [5 * 120] * 4 + [3 * 120] and sum(sizes) == cache_bytes(clip, 23)
-    first = (made.folder / "shard-00000.bin").read_bytes()
-    assert first == made[range(5)].numpy().astype("<f2").tobytes()
-    assert load_sealed(made.folder / "shard-00000.json")["crc32"][1] == zlib.crc32(first[120:240])
+    made_of = {"model": clip.fingerprint(), "block": 2, "images": pixel_data.fingerprint(), "dtype": "float16"}
+    assert made_of.items() <= manifest["made_of"].items()
+    assert [manifest[name] for name in ("format", "shape", "n_images", "unreadable")] == [2, [5, 12], 23, []]
+    assert sorted(path.name for path in made.folder.iterdir()) == ["manifest.json", *NAMES[:5]]
+    assert list(manifest["shards"]) == NAMES[:5]
+
+
+def test_any_reader_of_safetensors_reads_a_shard(made):
+    for name, rows in zip(NAMES, (range(0, 5), range(5, 10), range(10, 15), range(15, 20), range(20, 23))):
+        with safe_open(made.folder / name, "pt") as file:
+            z, notes = file.get_tensor("z"), json.loads(file.metadata()["notes"])
+        assert torch.equal(z, made[rows]) and notes["ids"] == made.ids[rows.start:rows.stop]
+        assert notes["crc32"][1] == zlib.crc32(z[1].numpy().tobytes())
 
 
 # Reading
@@ -168,56 +176,49 @@ def many_files(tmp_path, monkeypatch):
     return FolderDataset(tmp_path / "images")
 
 
-@pytest.mark.parametrize("shard", [1, 4, 100])
-def test_images_that_cannot_be_read_are_left_out_and_named(clip, many_files, tmp_path, shard):
-    held = write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=shard, batch_images=3)
+@pytest.mark.parametrize("images", [1, 4, 100])
+def test_images_that_cannot_be_read_are_left_out_and_named(clip, many_files, tmp_path, monkeypatch, images):
+    shards_of(images, monkeypatch)
+    held = write_cache(clip, many_files, LAYER, tmp_path / "c", batch_images=3)
     bad = [i for i, (path, _) in enumerate(many_files.files) if path.stem in ("02", "07")]
-    assert held.manifest["unreadable"] == bad and held.manifest["n_unreadable"] == 2 and len(held) == 22
-    said = {k: v for path in (tmp_path / "c").glob("shard-*.json") for k, v in load_sealed(path)["unreadable"].items()}
-    assert sorted(map(int, said)) == bad and all("Cannot read the image" in reason for reason in said.values())
+    assert held.manifest["unreadable"] == bad and len(held) == 22
+    said = dict(pair for shard in held.shards for pair in shard.notes["unreadable"])
+    assert sorted(said) == bad and all("Cannot read the image" in reason for reason in said.values())
     assert held[range(24)].shape == (22, 5, 12) and held[bad].shape == (0, 5, 12)
     with torch.no_grad():
         last = clip.below(clip.pixels(many_files[23].image), LAYER).half()
     assert torch.allclose(held[[bad[0], 23]], last, rtol=2e-3, atol=1e-5)
     assert held.ids[-1] == many_files[23].id
-    held.verify(clip, many_files)
+    held.verify()
 
 
 def test_what_could_not_be_read_counts_again_when_writing_goes_on(clip, many_files, tmp_path, monkeypatch):
-    whole = contents(write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=4).folder)
-    for name in ("manifest.json", "shard-00005.bin"):
+    shards_of(4, monkeypatch)
+    whole = contents(write_cache(clip, many_files, LAYER, tmp_path / "c").folder)
+    for name in ("manifest.json", NAMES[5]):
         (tmp_path / "c" / name).unlink()
     many_files.unreadable.clear()
-    assert contents(write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=4).folder) == whole
+    assert contents(write_cache(clip, many_files, LAYER, tmp_path / "c").folder) == whole
     assert len(many_files.unreadable) == 2
     (tmp_path / "c" / "manifest.json").unlink()
     monkeypatch.setattr(cache, "MOST_UNREADABLE", 0.01)
-    refusal(ValueError, lambda: write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=4), "2 of 24")
+    refusal(ValueError, lambda: write_cache(clip, many_files, LAYER, tmp_path / "c"), "2 of 24")
 
 
 # Going on
 
 def test_an_interrupted_writing_goes_on_to_the_same_bytes(made, clip, pixel_data, monkeypatch):
     whole = contents(made.folder)
-    for name in ("manifest.json", "shard-00002.json", "shard-00003.bin", "shard-00004.bin"):
+    for name in ("manifest.json", NAMES[2], NAMES[4]):
         (made.folder / name).unlink()
-    (made.folder / "shard-00001.bin").write_bytes(whole["shard-00001.bin"][:-1])
-    nobody = subprocess.Popen([sys.executable, "-c", ""])
-    nobody.wait()
-    (made.folder / f".shard-00003.bin.{nobody.pid}.bin").write_bytes(b"half")
+    (made.folder / NAMES[1]).write_bytes(whole[NAMES[1]][:-1])
+    (made.folder / NAMES[3]).write_bytes(whole[NAMES[3]][:-1] + b"\0")
+    (made.folder / f".{NAMES[3]}.1234.safetensors").write_bytes(b"half")
     computed = []
     below = clip.below
     monkeypatch.setattr(clip, "below", lambda pixels, layer: computed.append(len(pixels)) or below(pixels, layer))
-    write_cache(clip, pixel_data, LAYER, made.folder, shard_images=SHARD, batch_images=2)
+    write_cache(clip, pixel_data, LAYER, made.folder, batch_images=2)
     assert contents(made.folder) == whole and sum(computed) == 18
-
-
-def test_what_another_process_is_writing_is_left_alone(made, clip, pixel_data):
-    (made.folder / "manifest.json").unlink()
-    other = made.folder / f".shard-00003.bin.{os.getppid()}.bin"
-    other.write_bytes(b"half")
-    write_cache(clip, pixel_data, LAYER, made.folder, shard_images=SHARD)
-    assert other.read_bytes() == b"half"
 
 
 def test_a_finished_cache_is_not_written_again(made, clip, pixel_data, monkeypatch):
@@ -229,18 +230,22 @@ def test_a_removed_file_is_made_anew(made, clip, pixel_data):
     whole = contents(made.folder)
     for name in sorted(whole):
         (made.folder / name).unlink()
-        write_cache(clip, pixel_data, LAYER, made.folder, shard_images=SHARD, batch_images=2)
+        write_cache(clip, pixel_data, LAYER, made.folder, batch_images=2)
         assert contents(made.folder) == whole, name
 
 
-def test_another_cache_is_not_overwritten(made, clip, pixel_data):
+def test_another_cache_is_not_overwritten(made, clip, pixel_data, monkeypatch):
     whole = contents(made.folder)
-    refusal(ValueError, lambda: write_cache(clip, pixel_data, LAYER, made.folder, torch.bfloat16), "float16", "dtype")
-    refusal(ValueError, lambda: write_cache(clip, pixel_data, 0, made.folder), "at another block")
+    refusal(ValueError, lambda: write_cache(clip, pixel_data, LAYER, made.folder, torch.bfloat16),
+            "in float16 and not bfloat16")
+    refusal(ValueError, lambda: write_cache(clip, pixel_data, 0, made.folder), "after block 2 and not 0")
     assert contents(made.folder) == whole
     (made.folder / "manifest.json").unlink()
-    refusal(ValueError, lambda: write_cache(clip, pixel_data, 0, made.folder), "shard-00000.json", "key")
-    refusal(ValueError, lambda: write_cache(clip, pixel_data, LAYER, made.folder, shard_images=7), "shard_images 5")
+    refusal(ValueError, lambda: write_cache(clip, pixel_data, 0, made.folder), NAMES[0], "after block 2 and not 0")
+    shards_of(7, monkeypatch)
+    refusal(ValueError, lambda: write_cache(clip, pixel_data, LAYER, made.folder), "in shards of 5 images and not 7")
+    whole.pop("manifest.json")
+    assert contents(made.folder) == whole
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -267,7 +272,7 @@ def _one_of_two(rank, meeting, source, folder, after):
     try:
         source.write(folder)
         (folder.parent / f"written by {rank}").write_text(json.dumps(written))
-    except ChildProcessError as error:
+    except LostWorker as error:
         (folder.parent / "said").write_text(str(error))
         os._exit(1)
 
@@ -298,7 +303,7 @@ def test_a_lost_process_is_one_sentence_and_the_rest_goes_on(tmp_path):
     said = (tmp_path / "said").read_text()
     assert "was lost" in said and "\n" not in said and not (tmp_path / "cache" / "manifest.json").exists()
     assert two_processes(tmp_path, source) == [0, 0]
-    assert [json.loads((tmp_path / f"written by {rank}").read_text()) for rank in range(2)] == [[], [1]]
+    assert [json.loads((tmp_path / f"written by {rank}").read_text()) for rank in range(2)] == [[1], []]
     assert contents(tmp_path / "cache") == contents(source.write(tmp_path / "one"))
 
 
@@ -313,32 +318,30 @@ class _Doomed(FolderDataset):
 
 def test_a_lost_reading_worker_is_one_sentence(clip, many_files, tmp_path):
     doomed = _Doomed(many_files.root)
-    text = refusal(ChildProcessError, lambda: write_cache(clip, doomed, LAYER, tmp_path / "c", shard_images=4,
-                                                          batch_images=2), "was lost", "are kept")
+    text = refusal(LostWorker, lambda: write_cache(clip, doomed, LAYER, tmp_path / "c", batch_images=2), "was lost")
     assert "run again" in text and not [path for path in (tmp_path / "c").iterdir() if path.name[0] == "."]
-    write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=4, batch_images=2).verify(clip, many_files)
+    write_cache(clip, many_files, LAYER, tmp_path / "c", batch_images=2).verify()
 
 
 # Disks
 
 def test_a_full_disk_leaves_nothing_half_written(clip, pixel_data, tmp_path, monkeypatch):
-    def full(batch, z, dtype):
-        if batch.rows[0] == 12:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return half(batch, z, dtype)
+    folder, replace = tmp_path / "c", os.replace
 
-    half = cache._half
-    monkeypatch.setattr(cache, "_half", full)
-    folder = tmp_path / "c"
+    def full(temporary, path):
+        if Path(path).name == NAMES[2]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(temporary, path)
 
     def write():
-        return write_cache(clip, pixel_data, LAYER, folder, shard_images=SHARD, batch_images=2)
+        return write_cache(clip, pixel_data, LAYER, folder, batch_images=2)
 
-    refusal(OSError, write, "shard-00002.bin", "No space left", "free space")
-    assert sorted(contents(folder)) == [f"shard-0000{k}.{end}" for k in range(2) for end in ("bin", "json")]
-    monkeypatch.undo()
-    assert contents(write().folder) == contents(write_cache(clip, pixel_data, LAYER, tmp_path / "d", shard_images=SHARD,
-                                                            batch_images=2).folder)
+    monkeypatch.setattr(os, "replace", full)
+    refusal(OSError, write, NAMES[2], "No space left", "free space")
+    assert sorted(contents(folder)) == NAMES[:2]
+    monkeypatch.setattr(os, "replace", replace)
+    other = write_cache(clip, pixel_data, LAYER, tmp_path / "d", batch_images=2)
+    assert contents(write().folder) == contents(other.folder)
 
 
 def test_a_folder_that_cannot_be_written(clip, pixel_data, tmp_path):
@@ -349,7 +352,7 @@ def test_a_folder_that_cannot_be_written(clip, pixel_data, tmp_path):
 
 def test_a_cache_that_is_too_large_is_refused_before_anything_is_written(clip, pixel_data, tmp_path, monkeypatch):
     folder, size = tmp_path / "a" / "b", cache_bytes(clip, 23)
-    assert size == 23 * 5 * 12 * 2
+    assert size == 23 * IMAGE
 
     def write(**settings):
         return write_cache(clip, pixel_data, LAYER, folder, **settings)
@@ -363,10 +366,10 @@ def test_a_cache_that_is_too_large_is_refused_before_anything_is_written(clip, p
 
 
 def test_room_is_asked_for_what_is_missing_only(made, clip, pixel_data, monkeypatch):
-    for name in ("manifest.json", "shard-00004.bin"):
+    for name in ("manifest.json", NAMES[4]):
         (made.folder / name).unlink()
-    monkeypatch.setattr(cache, "free_bytes", lambda folder: 3 * 120)
-    assert len(write_cache(clip, pixel_data, LAYER, made.folder, shard_images=SHARD)) == 23
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 3 * IMAGE)
+    assert len(write_cache(clip, pixel_data, LAYER, made.folder)) == 23
 
 
 def test_size_of_imagenet():
@@ -389,33 +392,47 @@ def test_damage_is_refused_with_the_name_of_the_file(world, fault, tmp_path):
 
 @pytest.mark.parametrize("name", ["model", "block", "preprocessing", "images"])
 def test_it_is_said_what_differs(world, name):
-    said = refusal(ValueError, lambda: open_cache(*world.sources["own"], world.folders[name]), "manifest.json")
-    assert [part for part, how in shards.DIFFERENT.items() if how in said] == [name]
+    said = refusal(ValueError, lambda: world.sources["own"].open(world.folders[name]), "manifest.json")
+    assert [part for part, how in DIFFERENT.items() if how.format(0, 2) in said] == [name]
 
 
 def test_there_is_no_cache_without_a_manifest(clip, pixel_data, tmp_path):
     said = ("manifest.json", "no finished cache", "make cache")
-    refusal(FileNotFoundError, lambda: open_cache(clip, pixel_data, LAYER, tmp_path), *said)
+    refusal(FileNotFoundError, lambda: open_cache(tmp_path), *said)
 
 
 def test_a_cache_of_a_later_format(made, clip, pixel_data):
     path = made.folder / "manifest.json"
-    save_sealed(path, load_sealed(path) | {"format": 2})
-    refusal(ValueError, lambda: open_cache(clip, pixel_data, LAYER, made.folder), "format 2")
+    manifest = load_sealed(path)
+    del manifest["seal"]
+    save_sealed(path, manifest | {"format": 3})
+    refusal(ValueError, lambda: open_cache(made.folder), "format 3")
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+def test_a_cache_is_checked_against_what_is_given(made, clip, pixel_data, image_data):
+    other = Clip(random_clip_model(1), None, tiny_processor())
+    for given in ({"clip": clip}, {"ds": pixel_data}, {"clip": clip, "layer": 2},
+                  {"clip": clip, "ds": pixel_data, "layer": -2}):
+        assert torch.equal(open_cache(made.folder, **given)[[4]], made[[4]])
+    refusal(ValueError, lambda: open_cache(made.folder, clip=other), "another model")
+    refusal(ValueError, lambda: open_cache(made.folder, clip, layer=0), "after block 2 and not 0")
+    refusal(ValueError, lambda: open_cache(made.folder, ds=image_data), "other images")
+    refusal(ValueError, lambda: open_cache(made.folder, layer=2), "together with the layer")
+
+
+@pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
-def test_damage_after_opening_is_seen_when_reading(made, fault, mapped):
-    path = made.folder / "shard-00003.bin"
-    if mapped:
+def test_damage_after_opening_is_seen_when_reading(made, fault, used):
+    path = made.folder / NAMES[3]
+    if used:
         made[[15]]
+    place = path.stat().st_size - 3 * IMAGE + 7  # in image 17
     if fault == "flip":
         with open(path, "r+b") as file:
-            file.seek(2 * 120 + 7)
-            file.write(bytes([path.read_bytes()[2 * 120 + 7] ^ 1]))
+            file.seek(place)
+            file.write(bytes([path.read_bytes()[place] ^ 1]))
     elif fault == "truncate":
-        os.truncate(path, 2 * 120 + 7)
+        os.truncate(path, place)
     else:
         path.unlink()
     assert made[range(15)].shape == (15, 5, 12)
@@ -423,29 +440,11 @@ def test_damage_after_opening_is_seen_when_reading(made, fault, mapped):
     refusal((ValueError, FileNotFoundError), lambda: list(made.batches([[1], [17], [2]])), str(path))
 
 
-def test_verify_reads_everything(made, clip, pixel_data):
+def test_verify_reads_everything(made):
     made.verify()
-    made.verify(clip, pixel_data)
-    path = made.folder / "shard-00004.bin"
+    path = made.folder / NAMES[4]
     path.write_bytes(path.read_bytes()[:-1] + b"\x77")
-    refusal(ValueError, made.verify, str(path), "sha256")
-
-
-def test_verify_compares_with_the_images_and_the_model(made, clip, pixel_data):
-    changed = pixel_data.pixels.clone()
-    changed[8] += 1
-    refusal(ValueError, lambda: made.verify(clip, ArrayDataset(changed, pixel_data.labels)), "shard-00001.json",
-            "position 8")
-    labels = (pixel_data.labels + (np.arange(23) == 22)) % 5
-    refusal(ValueError, lambda: made.verify(clip, ArrayDataset(pixel_data.pixels, labels)), "shard-00004.json", "22")
-    other = Clip(random_clip_model(1), None, tiny_processor())
-    refusal(ValueError, lambda: made.verify(other, pixel_data), "shard-00000.bin", "other tokens")
-
-
-def test_verify_misses_no_image(clip, many_files, tmp_path):
-    held = write_cache(clip, many_files, LAYER, tmp_path / "c", shard_images=4)
-    many_files.files[5][0].write_bytes(b"gone")
-    refusal(ValueError, lambda: held.verify(clip, many_files), "1 images", "Cannot read the image")
+    refusal(ValueError, made.verify, str(path), "damaged")
 
 
 # What half precision cannot hold
@@ -454,7 +453,7 @@ def test_values_too_large_for_float16(clip, pixel_data, tmp_path, monkeypatch):
     below = clip.below
     monkeypatch.setattr(clip, "below", lambda pixels, layer: below(pixels, layer) * 1e5)
     refusal(ValueError, lambda: write_cache(clip, pixel_data, LAYER, tmp_path / "c"), "position 0", "choose bfloat16")
-    assert not contents(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
     held = write_cache(clip, pixel_data, LAYER, tmp_path / "c", torch.bfloat16)
     assert held[range(23)].isfinite().all() and held[range(23)].abs().max() > 65504
 
@@ -472,60 +471,7 @@ def test_arguments_that_make_no_cache(clip, pixel_data, tmp_path):
     refusal(ValueError, lambda: write_cache(clip, empty, LAYER, tmp_path), "empty")
 
 
-# The command
-
-@pytest.fixture
-def command(clip, pixel_data, tmp_path, monkeypatch, capsys):
-    """``python -m patchsae cache`` on tiny things; returns what it prints, or what it exits with."""
-    folder = tmp_path / "activations"
-    monkeypatch.setattr(cache, "load_clip", lambda *_: clip)
-    monkeypatch.setattr(cache, "open_dataset", lambda *_: pixel_data)
-    monkeypatch.setattr(cache, "cache_folder", lambda *_: folder)
-    monkeypatch.setattr(cache.processes, "join", lambda: None)
-
-    def run(*arguments, answer=None):
-        def respond(question):
-            if answer is None:
-                raise EOFError
-            print(question, end="")
-            return answer
-
-        monkeypatch.setattr("builtins.input", respond)
-        monkeypatch.setattr(sys, "argv", ["cache", *arguments])
-        cache.main()
-        return capsys.readouterr().out
-
-    run.folder = folder
-    return run
-
-
-@pytest.mark.parametrize("answer", [None, "", "n", "no", "what?"])
-def test_the_command_asks_first(command, answer):
-    said = command(answer=answer)
-    assert re.search(r"23 images after block 2 take 2.76e-06 GB as float16 in .*, where .* GB are free; 0 shards", said)
-    assert "about 1 minutes on 1 process like" in said and said.rstrip().endswith("Nothing was written.")
-    assert not command.folder.exists()
-
-
-def test_the_command_writes_verifies_and_does_not_ask_again(command, clip, pixel_data):
-    assert "holds the tokens of 23 images, 0 could not be read; float16 takes" in command(answer="y")
-    assert "Write it?" not in command() and "as it was written (23 images)" in command("--verify")
-    with pytest.raises(SystemExit, match="dtype float16, not bfloat16"):
-        command("--yes", "--dtype", "bfloat16")
-    assert len(open_cache(clip, pixel_data, LAYER, command.folder)) == 23
-
-
-def test_the_command_says_what_is_damaged(command):
-    command("--yes", "--dtype", "bfloat16")
-    path = command.folder / "shard-00000.bin"
-    path.write_bytes(b"\0" + path.read_bytes()[1:])
-    with pytest.raises(SystemExit, match="shard-00000.bin is damaged"):
-        command("--verify")
-    path.unlink()
-    with pytest.raises(SystemExit, match="shard-00000.bin is missing"):
-        command("--verify")
-    assert "bfloat16 takes" in command("--yes", "--dtype", "bfloat16")
-
+# Where it goes
 
 def test_the_folder_depends_on_everything_a_cache_is_made_of(profile, clip, pixel_data, image_data):
     first = cache_folder(profile, clip, pixel_data)
@@ -534,7 +480,3 @@ def test_the_folder_depends_on_everything_a_cache_is_made_of(profile, clip, pixe
               cache_folder(profile, Clip(random_clip_model(1), None, tiny_processor()), pixel_data),
               cache_folder(profile, Clip(clip.model), pixel_data)]
     assert len({first, *others}) == 5 and cache_folder(profile.at_layer(2), clip, pixel_data) == first
-
-
-def test_it_can_be_read_without_a_model(made):
-    assert torch.equal(Cache(made.folder, load_sealed(made.folder / "manifest.json"))[[4]], made[[4]])

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from patchsae.cache import write_cache
+from patchsae.cache import Cache, open_cache, write_cache
 from patchsae.data.datasets import ArrayDataset
-from patchsae.shards import Cache
 
 T, D = 197, 768
 
@@ -39,9 +38,9 @@ def stand_in() -> SimpleNamespace:
 
 
 def write_ours(folder: Path, n: int) -> Cache:
-    """Our cache, in shards of 256 images."""
+    """Our cache."""
     pixels = torch.arange(n, dtype=torch.float32)[:, None, None, None].expand(n, 3, 1, 1)
-    return write_cache(stand_in(), ArrayDataset(pixels, np.zeros(n, int)), 0, folder, shard_images=256)
+    return write_cache(stand_in(), ArrayDataset(pixels, np.zeros(n, int)), 0, folder)
 
 
 def write_arrow(folder: Path, n: int):
@@ -101,7 +100,7 @@ def main() -> None:
             forget(cache.folder)
             cold = rate(cache.batches(orders(n, batch, 9), threads=workers))
             print(f"BENCH cache-read-ours-cold {cold:.0f} tokens/s")
-            cache = Cache(cache.folder, cache.manifest)
+            cache = open_cache(cache.folder)
         ours = [rate(cache.batches(orders(n, batch, epoch), threads=workers)) for epoch in range(4)]
         table = write_arrow(Path(folder) / "arrow", n)
         assert torch.equal(table[5]["z"], cache[[5]][0]), "the two sides hold different rows"

@@ -16,17 +16,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import LAYER, SIDE, random_clip_model, tiny_processor  # noqa: E402
 
-from patchsae import ArrayDataset  # noqa: E402
-from patchsae.cache import write_cache  # noqa: E402
+from patchsae import ArrayDataset, cache  # noqa: E402
+from patchsae.cache import MANIFEST, cache_bytes, open_cache, write_cache  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
-from patchsae.shards import MANIFEST, load_sealed, open_cache, save_sealed  # noqa: E402
+from patchsae.weights.sealed import SealedRows, save_rows  # noqa: E402
 
 SHARD_IMAGES = 7
 
@@ -40,8 +42,13 @@ class Source(NamedTuple):
 
     def write(self, folder: Path, **settings) -> Path:
         """Write or continue its cache."""
-        write_cache(*self, folder, shard_images=SHARD_IMAGES, batch_images=4, **settings)
+        with mock.patch.object(cache, "SHARD_BYTES", SHARD_IMAGES * cache_bytes(self.clip, 1)):
+            write_cache(*self, folder, batch_images=4, **settings)
         return folder
+
+    def open(self, folder: Path) -> cache.Cache:
+        """Open a cache that should be of it."""
+        return open_cache(folder, *self)
 
 
 def images(n: int, seed: int) -> ArrayDataset:
@@ -83,10 +90,10 @@ class World:
         return self.folders[str(self.rng.choice(names))]
 
 
-def flip(world: World, path: Path) -> list[Path]:
-    """Change one byte."""
+def flip(world: World, path: Path, first: int | None = None) -> list[Path]:
+    """Change one byte, or one of the first ones."""
     data = bytearray(path.read_bytes())
-    data[world.rng.integers(len(data))] ^= int(world.rng.integers(1, 256))
+    data[world.rng.integers(first or len(data))] ^= int(world.rng.integers(1, 256))
     path.write_bytes(data)
     return [path]
 
@@ -120,44 +127,42 @@ def remove(world: World, path: Path) -> list[Path]:
     return [path]
 
 
-def exchange(*pairs: tuple[Path, Path]) -> list[Path]:
-    """Swap files."""
-    for first, second in pairs:
-        contents = first.read_bytes(), second.read_bytes()
-        second.write_bytes(contents[0])
-        first.write_bytes(contents[1])
-    return [path for pair in pairs for path in pair]
-
-
-def exchange_pairs(world: World, folder: Path) -> list[Path]:
-    """Swap two shards together with their sidecars."""
-    first, second = world.some(folder, "*0[0-2].bin", 2)
-    return exchange((first, second), (first.with_suffix(".json"), second.with_suffix(".json")))
+def exchange(first: Path, second: Path) -> list[Path]:
+    """Swap two files."""
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+    return [first, second]
 
 
 def exchange_images(world: World, folder: Path) -> list[Path]:
     """Swap two images within a shard."""
-    path = world.some(folder, "*0[0-2].bin")[0]
-    rows = np.frombuffer(path.read_bytes(), np.uint8).reshape(SHARD_IMAGES, -1).copy()
+    path = world.some(folder, "*0[0-2].safetensors")[0]
+    data = path.read_bytes()
+    start = len(data) - SHARD_IMAGES * cache_bytes(world.sources["own"].clip, 1)
+    rows = np.frombuffer(data[start:], np.uint8).reshape(SHARD_IMAGES, -1).copy()
     first, second = world.rng.choice(SHARD_IMAGES, 2, replace=False)
     rows[[first, second]] = rows[[second, first]]
-    path.write_bytes(rows.tobytes())
+    path.write_bytes(data[:start] + rows.tobytes())
     return [path]
 
 
-def borrow(world: World, folder: Path, ending: str) -> list[Path]:
+def borrow(world: World, folder: Path) -> list[Path]:
     """Put the file of another model, block, preprocessing or set of images in the place of one of this cache."""
-    path = world.some(folder, f"shard-*{ending}")[0]
-    shutil.copy(world.other("model", "block", "preprocessing", "images") / path.name, path)
+    path = world.some(folder, "shard-*")[0]
+    shutil.copy(world.other("model", "block", "preprocessing", "images", "dtype") / path.name, path)
     return [path]
 
 
 def relabel(world: World, folder: Path) -> list[Path]:
-    """Edit a sidecar and its own hash with it."""
-    path = world.some(folder, "shard-*.json")[0]
-    sidecar = load_sealed(path)
-    sidecar["labels"][0] += 1
-    save_sealed(path, sidecar)
+    """Edit what a shard says and its own seal with it."""
+    path = world.some(folder, "shard-*")[0]
+    with safe_open(path, "pt") as file:
+        z = file.get_tensor("z")
+    notes = SealedRows(path).notes
+    notes["labels"][0] += 1
+    del notes["seal"]
+    save_rows(path, z, notes)
     return [path]
 
 
@@ -175,24 +180,20 @@ def stale_manifest(world: World, folder: Path) -> list[Path]:
 
 #: Fault -> what does it to a copy of the cache; returns the files that may be blamed.
 FAULTS: dict[str, Callable[[World, Path], list[Path]]] = {
-    "byte of a shard": lambda w, f: flip(w, w.some(f, "*.bin")[0]),
-    "byte of a sidecar": lambda w, f: flip(w, w.some(f, "shard-*.json")[0]),
+    "byte of a shard": lambda w, f: flip(w, w.some(f, "shard-*")[0]),
+    "byte of what a shard says": lambda w, f: flip(w, w.some(f, "shard-*")[0], 1000),
     "byte of the manifest": lambda w, f: flip(w, f / MANIFEST),
-    "shortened shard": lambda w, f: cut(w, w.some(f, "*.bin")[0]),
-    "shortened sidecar": lambda w, f: cut(w, w.some(f, "shard-*.json")[0]),
+    "shortened shard": lambda w, f: cut(w, w.some(f, "shard-*")[0]),
     "shortened manifest": lambda w, f: cut(w, f / MANIFEST),
-    "longer shard": lambda w, f: lengthen(w, w.some(f, "*.bin")[0]),
-    "longer sidecar or manifest": lambda w, f: lengthen(w, w.some(f, "*.json")[0]),
-    "lost block of a shard": lambda w, f: overwrite(w, w.some(f, "*.bin")[0]),
-    "lost block of a sidecar or manifest": lambda w, f: overwrite(w, w.some(f, "*.json")[0]),
+    "longer shard": lambda w, f: lengthen(w, w.some(f, "shard-*")[0]),
+    "longer manifest": lambda w, f: lengthen(w, f / MANIFEST),
+    "lost block of a shard": lambda w, f: overwrite(w, w.some(f, "shard-*")[0]),
+    "lost block of the manifest": lambda w, f: overwrite(w, f / MANIFEST),
     "missing file": lambda w, f: remove(w, w.some(f, "*")[0]),
-    "swapped shards": lambda w, f: exchange(tuple(w.some(f, "*0[0-2].bin", 2))),
-    "swapped sidecars": lambda w, f: exchange(tuple(w.some(f, "shard-*.json", 2))),
-    "swapped shards and sidecars": exchange_pairs,
+    "swapped shards": lambda w, f: exchange(*w.some(f, "*0[0-2].safetensors", 2)),
     "swapped images": exchange_images,
-    "shard of another cache": lambda w, f: borrow(w, f, ".bin"),
-    "sidecar of another cache": lambda w, f: borrow(w, f, ".json"),
-    "edited label, hash and all": relabel,
+    "shard of another cache": borrow,
+    "edited label, seal and all": relabel,
     "stale manifest": stale_manifest,
     "other model": lambda w, f: replace_all(w, f, "model"),
     "other block": lambda w, f: replace_all(w, f, "block"),
@@ -204,8 +205,7 @@ FAULTS: dict[str, Callable[[World, Path], list[Path]]] = {
 def refusal(source: Source, folder: Path) -> str | None:
     """What opening or reading the whole cache says against it, or None."""
     try:
-        cache = open_cache(*source, folder)
-        for _ in cache.batches(np.random.default_rng(0).permutation(len(source.ds)).reshape(-1, 3)):
+        for _ in source.open(folder).batches(np.random.default_rng(0).permutation(len(source.ds)).reshape(-1, 3)):
             pass
     except (FileNotFoundError, ValueError) as error:
         return str(error)
@@ -288,7 +288,7 @@ def main() -> None:
         same = stress_kills(Path(folder), arguments.kills, arguments.seed)
         print(f"BENCH cache-kills {same} of {arguments.kills} identical")
     if (detected, same) != (arguments.faults, arguments.kills):
-        sys.exit("The cache cannot be trusted; mend src/patchsae/cache.py or src/patchsae/shards.py.")
+        sys.exit("The cache cannot be trusted; mend src/patchsae/cache.py or src/patchsae/weights/sealed.py.")
 
 
 if __name__ == "__main__":

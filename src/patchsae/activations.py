@@ -135,6 +135,7 @@ def read_pixels(clip: Clip, ds: Images, batches: list[np.ndarray]) -> Iterator[P
 
 def _alive(loader: DataLoader) -> Iterator[tuple]:
     """What a loader gives; a lost worker process is one sentence."""
+    lost = False
     try:
         yield from loader
     except (RuntimeError, OSError, EOFError) as error:
@@ -142,8 +143,9 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
         lost = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))
         if not lost or "Caught" in str(error):
             raise
+    if lost:  # raised above, it would keep the loader's own error alive, and with it the other workers, which fail later
         raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
-                         "from what is finished.") from None
+                         "from what is finished.")
 
 
 def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> Iterator[PixelBatch]:

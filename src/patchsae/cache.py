@@ -99,11 +99,8 @@ def profile_cache(profile: Profile, clip: Clip, ds: Images) -> "Cache | None":
     """The disk cache that the profile trains on, if it does."""
     if not profile.data.cache:
         return None
-    cache = open_cache(cache_folder(profile, clip, ds), clip, ds, profile.model.layer)
-    if (dtype := cache.manifest["made_of"]["dtype"]) != profile.data.cache:
-        raise ValueError(f"{cache.folder} is in {dtype}, but the profile asks for {profile.data.cache}; change "
-                         "data.cache, or remove the folder and run `make cache`.")
-    return cache
+    expected = made_of(clip, ds, profile.model.layer) | {"dtype": profile.data.cache}
+    return Cache(cache_folder(profile, clip, ds), expected)
 
 
 class Cache:
@@ -173,12 +170,8 @@ class Cache:
             self.shards[s].copy(i, out)
         return memory.view(self.dtype).view(-1, *self.shape)
 
-    def shard_path(self, place: int) -> Path:
-        """The file that holds the image at a place among ``rows``."""
-        return self.shards[int(np.searchsorted(self._starts, place, "right")) - 1].path
-
     def verify(self) -> None:
-        """Check every byte."""
+        """Check every byte; ``patchsae cache --verify`` compares them with the images and the model, too."""
         for shard in tqdm(self.shards, desc="bytes of the cache", mininterval=1):
             shard.verify()
 
@@ -237,7 +230,7 @@ class _Writer:
         self.paths = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(ds) // self.shard_images))]
 
     def is_published(self) -> bool:
-        """Whether the cache is there, as far as opening it tells; another one in its folder is an error."""
+        """Whether the cache is there; one that is damaged or of something else is an error."""
         try:
             Cache(self.folder, self.made_of)
         except FileNotFoundError:
@@ -246,8 +239,7 @@ class _Writer:
 
     def write(self) -> None:
         """Write the shards that are not complete, each process its part of them, and publish the cache."""
-        numbers = [k for k in processes.share(len(self.paths)) if not self._is_complete(k)]
-        self._write_shards(numbers)
+        self._write_shards([k for k in processes.share(len(self.paths)) if not self._is_complete(k)])
         self._wait()
         if processes.rank() == 0:
             self._publish()
@@ -272,7 +264,7 @@ class _Writer:
         except (FileNotFoundError, ValueError):
             return False
         _refuse_other(shard.path, shard.notes["made_of"], self.made_of)
-        self.ds.unreadable |= _unreadable(shard)
+        self.ds.unreadable |= dict(shard.notes["unreadable"])
         return True
 
     def _write_shards(self, numbers: list[int]) -> None:
@@ -294,35 +286,32 @@ class _Writer:
         sums = np.zeros(self.clip.width + 2)
         for batch in batches:
             z = finite_tokens(self.clip, batch, self.layer)[:, :self.clip.n_tokens]
-            tokens.append(_half(batch, z, self.dtype).cpu())
-            sums += _sums(z, tokens[-1].to(z))
+            half = _half(batch, z, self.dtype)
+            sums += _sums(z, half)
+            tokens.append(half.cpu())
             ids += map(str, batch.ids)
             labels += batch.labels.tolist()
-        unreadable = {row: self.ds.unreadable[row] for row in self._rows(k) if row in self.ds.unreadable}
+        unreadable = [(row, self.ds.unreadable[row]) for row in self._rows(k) if row in self.ds.unreadable]
         save_rows(self.paths[k], torch.cat(tokens), {"made_of": self.made_of, "ids": ids, "labels": labels,
                                                      "unreadable": unreadable, "sums": sums.tolist()})
 
     def _publish(self) -> None:
         """Write the manifest from what the shards say, and remove what lost processes left."""
         shards = [SealedRows(path) for path in self.paths]
-        unreadable = {row: reason for shard in shards for row, reason in _unreadable(shard).items()}
+        unreadable = dict(pair for shard in shards for pair in shard.notes["unreadable"])
         if len(unreadable) > max(1, MOST_UNREADABLE * len(self.ds)):  # processes counted each for itself
             raise ValueError(f"{len(unreadable)} of {len(self.ds)} images cannot be read, more than "
                              f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(unreadable.values()))}")
-        n_tokens = self.clip.n_tokens * sum(map(len, shards))
+        cost = _explained_variance_cost([shard.notes["sums"] for shard in shards],
+                                        self.clip.n_tokens * sum(map(len, shards)))
         save_sealed(self.folder / MANIFEST, {
             "format": FORMAT, "made_of": self.made_of, "shape": [self.clip.n_tokens, self.clip.width],
             "n_images": len(self.ds), "unreadable": sorted(unreadable),
-            "explained_variance_cost": explained_variance_cost([shard.notes["sums"] for shard in shards], n_tokens),
+            "explained_variance_cost": cost,
             "shards": {shard.path.name: shard.notes["seal"] for shard in shards}})
         for path in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{MANIFEST}.*")):
             with suppress(OSError):
                 path.unlink()
-
-
-def _unreadable(shard: SealedRows) -> dict[int, str]:
-    """Position -> reason."""
-    return {int(row): reason for row, reason in shard.notes["unreadable"].items()}
 
 
 def _half(batch: PixelBatch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -342,7 +331,7 @@ def _sums(z: torch.Tensor, half: torch.Tensor) -> np.ndarray:
     return np.array([*exact.sum(0).tolist(), exact.square().sum().item(), error.square().sum().item()])
 
 
-def explained_variance_cost(sums: list[list[float]], n_tokens: int) -> float:
+def _explained_variance_cost(sums: list[list[float]], n_tokens: int) -> float:
     """What rounding takes from the explained variance: sum ||z - half(z)||^2 / sum ||z - mean z||^2 over all tokens.
 
     ``sums``: of each shard, as ``_sums`` gives them.

@@ -1,7 +1,5 @@
 """Whatever holds images and labels, as a source of images."""
 
-import functools
-
 import numpy as np
 import torch
 from PIL import Image
@@ -9,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data import Subset as TorchSubset
 
 from patchsae.data.datasets import ArrayDataset, Subset
-from patchsae.data.images import Images, Item, content_id, hash_of, rgb
+from patchsae.data.images import Images, Item, content_id, rgb
 
 
 class TorchImages(Images):
@@ -39,13 +37,9 @@ class TorchImages(Images):
             raise ValueError(f"Item {i} of the data set is a {type(pair).__name__}; give a data set of (image, label).")
         return tuple(pair[:2])
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        return hash_of([[self[i].id for i in range(len(self))], self.labels.tolist(), self.class_names])
-
-    def fingerprint(self) -> str:
-        """Hash of what the data set holds; it is read once for it."""
-        return self._fingerprint
+    def identity(self) -> list:
+        """Content ids, for which every image is read, labels and names."""
+        return [[self[i].id for i in range(len(self))], self.labels.tolist(), self.class_names]
 
 
 def as_images(source) -> Images:

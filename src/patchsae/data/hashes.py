@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from patchsae.weights.files import write_atomically
+from patchsae.weights.files import file_sha256, write_atomically
 
 NOTES = ".patchsae-hashes.json"
 #: Threads that read files, files that one of them takes at a time, and files after which the notes are written.
@@ -64,8 +64,7 @@ def _note(path: Path, noted: list | None) -> list:
         stat = path.stat()
         if noted and noted[:2] == [stat.st_size, stat.st_mtime_ns]:
             return noted
-        with open(path, "rb") as file:
-            return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+        return [stat.st_size, stat.st_mtime_ns, file_sha256(path)]
     except OSError:
         return [0, 0, ""]
 
