@@ -92,10 +92,11 @@ def code_state(name: str, root: Path, chain: tuple[str, ...] = ()) -> list:
 def profile_files(profile: str, root: Path) -> Iterator[Path]:
     """A profile's file and all files of its data and of what it names by a path, in the order of their names."""
     home = Path(os.environ.get("PATCHSAE_HOME") or root)
-    places = [Path(profile), *(folder / "profiles" / f"{profile}.toml" for folder in (home, root / "src" / "patchsae"))]
+    folders = (home / "profiles", root / "src" / "patchsae" / "profiles")
+    places = [Path(profile), home / profile, *(folder / f"{profile}.toml" for folder in folders)]
     file = next((path for path in places if path.suffix == ".toml" and path.is_file()), None)
     if file is None:
-        known = ", ".join(sorted(path.stem for place in places[1:] for path in place.parent.glob("*.toml")))
+        known = ", ".join(sorted(path.stem for folder in folders for path in folder.glob("*.toml")))
         raise SystemExit(f"There is no profile {profile!r}; set PROFILE to one of {known}, or to a file.")
     yield file
     settings, data = tomllib.loads(file.read_text(encoding="utf-8")), home / "data" / file.stem
@@ -104,13 +105,13 @@ def profile_files(profile: str, root: Path) -> Iterator[Path]:
     for top in (data, *named):
         for folder, folders, names in os.walk(top, followlinks=True):
             folders[:] = sorted(name for name in folders if Path(folder, name) != data / "run")
-            yield from (path for name in sorted(names) if (path := Path(folder, name)).is_file())
+            yield from (path for name in sorted(names) if name[0] != "." and (path := Path(folder, name)).is_file())
 
 
 def notebook_key(name: str, profile: str, root: Path) -> str:
     """Hash of all that decides what ``notebooks/<name>.ipynb`` computes under a profile."""
     code = [code_state(name, root), os.environ.get("PATCHSAE_FIGURES", "")]
     digest = hashlib.sha256(json.dumps(code).encode())
-    for path in (root / "requirements.lock", *sorted(root.glob("data/*.csv")), *profile_files(profile, root)):
+    for path in (root / "requirements.lock", *sorted(root.glob("data/published_*.csv")), *profile_files(profile, root)):
         digest.update(f"{os.path.relpath(path, root)} {state(path)}\n".encode())
     return digest.hexdigest()

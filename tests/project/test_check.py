@@ -11,15 +11,15 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import one_sentence
 from huggingface_hub import constants
 from PIL import Image
 
 from patchsae import load_profile
 from patchsae.config import ROOT
+from patchsae.data.datasets import open_dataset
 from patchsae.data.masked import open_masked
-from patchsae.project import check, fetch, rehearsal
+from patchsae.project import check, fetch, rehearsal, stamps
 from patchsae.weights.formats import file_sha256
 from patchsae.world.scenes import CONCEPTS, KINDS, draw_scene
 
@@ -53,77 +53,72 @@ def test_figures_without_weights_stop_with_the_list_and_write_nothing(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_report_names_everything(monkeypatch):
+def recorded(profile: str = "mini", seconds: float = 100, **values) -> pd.DataFrame:
+    """Stamps of two notebooks of a profile."""
+    row = {"seconds": seconds, "processor_seconds": 150, "peak_bytes": 2e9, "gflops": 50.0, "machine": "here"} | values
+    return pd.DataFrame([{"profile": profile, "notebook": name} | row for name in ("01_train_sae", "explorer")])
+
+
+def test_report_names_everything(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HOME", "nowhere")
+    monkeypatch.setattr(check, "STAMPS", tmp_path / "stamps.csv")
     for name in ("mini", "paper", "rehearsal"):
         profile = load_profile(name)
         text = check.report(profile)
-        assert all(need.name in text for need in check.needs(profile))
-        work = check.costs(profile)
-        assert all(notebook in text and (ROOT / "notebooks" / f"{notebook}.ipynb").is_file() for notebook in work)
-        assert all(cost.flops > 0 and cost.images > 0 and cost.memory > 0 for cost in work.values())
+        assert all(need.name in text for need in check.needs(profile)) and "make rehearsal records one" in text
+        recorded().to_csv(tmp_path / "stamps.csv", index=False)
+        text = check.report(profile)
+        assert "01_train_sae" in text and "explorer" in text and "GFLOP/s" in text
+        (tmp_path / "stamps.csv").unlink()
     assert all(need.there for need in check.needs(load_profile("mini")))
     assert not check.missing_lines(load_profile("mini"))
 
 
-def test_costs_of_the_paper_are_those_known():
-    """About 35 GFLOP an image in the tower, 2.3e17 for the autoencoder's training, 42 GB at twice the batch."""
-    work = check.costs(load_profile("paper"))
-    assert 2.0e17 < work["01_train_sae"].flops < 4.5e17
-    assert 20 < work["01_train_sae"].memory < 42
+def test_hours_and_memory_are_those_of_the_recorded_run_scaled_by_the_rule():
+    mini, paper = load_profile("mini"), load_profile("paper")
+    same = stamps.estimate(mini, recorded(), 50)
+    assert same["hours"].tolist() == pytest.approx([100 / 3600] * 2) and same["memory"].tolist() == [2, 2]
+    assert stamps.estimate(mini, recorded(), 25)["hours"].iloc[0] == pytest.approx(200 / 3600)
+    few = dataclasses.replace(mini, data=dataclasses.replace(mini.data, train_images=64, test_images=8))
+    assert stamps.estimate(few, recorded(), 50).equals(same)  # nothing is scaled down
+    twice = mini.with_sae(steps=2 * mini.sae.steps + (mini.data.train_images + mini.data.test_images) // 16)
+    assert stamps.estimate(twice, recorded(), 50)["hours"].iloc[0] == pytest.approx(200 / 3600)
+    larger, known = stamps.estimate(paper, recorded("rehearsal"), 50), stamps.size(load_profile("rehearsal"))
+    assert stamps.size(paper)[:2] == pytest.approx((known.work * (20480 * 128 + 1331167) / 96, known.weights))
+    assert larger["memory"].iloc[0] == pytest.approx(2 + 4e-9 * stamps.HELD * (128 - 4) * 197 * 49152)
 
 
-def test_every_notebook_has_a_cost():
-    notebooks = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
-    for name in ("mini", "paper", "rehearsal"):
-        assert set(check.costs(load_profile(name))) == notebooks
+def test_the_recorded_profile_nearest_in_size_is_scaled():
+    both = pd.concat([recorded("mini", 100), recorded("rehearsal", 1)])
+    assert stamps.estimate(load_profile("mini"), both, 50)["hours"].iloc[0] == pytest.approx(100 / 3600)
+    assert stamps.estimate(load_profile("rehearsal"), both, 50)["hours"].iloc[0] == pytest.approx(1 / 3600)
 
 
-def test_arithmetic_of_an_image_is_what_a_counter_counts():
-    """Of the mini model, class token alone in the last block: at most a quarter less than the formula, never more."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from patchsae.clip import load_clip
-
-    profile = load_profile("mini")
-    clip, u = load_clip(str(ROOT / profile.model.name)), check.units(profile)
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        clip.above(clip.below(torch.zeros(1, 3, 64, 64), -2), -2)
-    assert 0.75 * u.tower < counted.get_total_flops() <= 1.02 * u.tower
-    assert u.product == 2 * 65 * 128 * 224 and u.latents == 224
-
-
-def test_arithmetic_of_adaptation_follows_its_steps():
-    """By hand for half of ImageNet: MaPLe 5 epochs of 2,000 steps, CoOp 50 of 250, and 500 classes in every step."""
-    profile = load_profile("paper")
-    u = check.units(profile)
-    text = 500 * 12 * 24 * 12 * 512**2
-    for method, steps, batch, passes, with_text in (("maple", 10_000, 4, 2, 1), ("coop", 12_500, 32, 1, 1),
-                                                    ("lora", 12_500, 32, 2, 0), ("fine_tuning", 2_500, 32, 3, 0)):
-        flops, images = check.training_cost(profile, u, method, 500)
-        assert images == steps * batch
-        assert flops == pytest.approx(images * passes * u.tower + with_text * steps * 2 * text)
-    small = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, seeds=(1,)))
-    one, three = (check.costs(p)["06_maple_adaptation"] for p in (small, profile))
-    assert one.flops < three.flops < 3 * one.flops
-    assert 3 * (one.disk - u.weights) == pytest.approx(three.disk - u.weights)
-
-
-def test_what_is_made_already_costs_nothing_unless_counted_anew():
-    profile, name = load_profile("mini"), "06_maple_adaptation"
-    there, anew = check.costs(profile)[name], check.costs(profile, anew=True)[name]
-    assert 0 < there.flops < anew.flops / 5 and there.disk == 0 < anew.disk and there.images < anew.images
+def test_a_run_is_recorded_in_the_place_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamps, "ROOT", tmp_path)
+    monkeypatch.setattr(stamps, "rate", lambda: 12.34)
+    place = tmp_path / "data" / "stamps.csv"
+    with pytest.raises(FileNotFoundError) as error:
+        stamps.record(load_profile("mini"), place)
+    assert one_sentence(error.value)
+    for name, seconds in (("mini", 5), ("rehearsal", 7), ("mini", 9)):
+        (tmp_path / "build" / name).mkdir(parents=True, exist_ok=True)
+        took = {"seconds": seconds, "processor_seconds": 8, "peak_bytes": 1e9, "key": "k", "files": {}}
+        (tmp_path / "build" / name / "01_train_sae.json").write_text(json.dumps(took))
+        stamps.record(load_profile(name), place)
+    table = pd.read_csv(place)
+    assert table[["profile", "seconds", "gflops"]].values.tolist() == [["rehearsal", 7, 12.3], ["mini", 9, 12.3]]
 
 
 def test_tasks_of_adaptation_and_masks_are_needed(tmp_path, monkeypatch):
-    """Notebook 06 reads tasks that no other does, and notebook 07 masks; one of the public sets will do."""
+    """Notebook 06 reads tasks that no other does; notebook 07 can do without masks, and one public set will do."""
     profile = load_profile("paper")
     monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
-    lines = "\n".join(check.missing_lines(profile))
-    assert all(title in lines for title in ("StanfordCars", "FGVCAircraft", "SUN397", "EuroSAT", "UCF101", "masks in"))
-    assert "ADEChallengeData2016.zip" in lines
+    lines, rest = "\n".join(check.missing_lines(profile)), "\n".join(check.missing_lines(profile, stops=False))
+    assert all(title in lines for title in ("StanfordCars", "FGVCAircraft", "SUN397", "EuroSAT", "UCF101"))
+    assert "masks in" in rest and "ADEChallengeData2016.zip" in rest and "masks" not in lines
     (tmp_path / "segmentation" / "oxford-pets").mkdir(parents=True)
-    assert "masks in" not in "\n".join(check.missing_lines(profile))
+    assert not check.missing_lines(profile, stops=False)
     assert not any("masks" in need.name for need in check.needs(load_profile("mini")))
 
 
@@ -138,6 +133,14 @@ def test_model_of_the_hub_is_there_when_its_cache_has_it(tmp_path, monkeypatch):
         (folder / file).write_text("{}")
     assert has(name, tmp_path) and not has(name.replace("16@", "32@"), tmp_path)
     assert check.model_file("data/mini/clip") and not check.model_file("data/nothing")
+
+
+@pytest.mark.parametrize("file", check.WEIGHTS)
+def test_a_folder_of_weights_in_any_layout_is_there(tmp_path, file):
+    assert not check.model_file(str(tmp_path))
+    for name in ("config.json", file):
+        (tmp_path / name).write_text("{}")
+    assert check.model_file(str(tmp_path)) == tmp_path / file
 
 
 def has(name, cache) -> bool:
@@ -230,7 +233,9 @@ def test_drawn_images_are_in_folders_of_the_stated_classes(tmp_path, monkeypatch
     assert rehearsal.draw_images(profile) == 16 + 3 * 8 + 4 * 4 == len(list(tmp_path.rglob("*.png")))
     assert len(list((tmp_path / "images" / "nouns" / "train").iterdir())) == rehearsal.CLASSES
     assert Image.open(next(tmp_path.rglob("*.png"))).size == (224, 224)
-    assert check.needs(profile)[1].there and check.classes_of(profile, "nouns") == rehearsal.CLASSES
+    assert check.needs(profile)[1].there
+    train, test = (open_dataset(profile, "nouns", split) for split in ("train", "test"))
+    assert train.class_names == test.class_names and np.bincount(test.labels).tolist() == [2] * rehearsal.CLASSES
 
 
 def test_drawn_masks_are_read_as_ade20k_is(tmp_path, monkeypatch):
@@ -255,7 +260,7 @@ def test_drawn_masks_are_read_as_ade20k_is(tmp_path, monkeypatch):
 
 def test_rehearsal_has_the_papers_dimensions():
     small, paper = load_profile("rehearsal"), load_profile("paper")
-    assert check.shape(small) == check.VIT_B16 == check.shape(paper)
+    assert stamps.size(small).weights == stamps.size(paper).weights
     for name in ("expansion", "l1", "learning_rate", "warmup", "ghost", "b_dec", "tokens"):
         assert getattr(small.sae, name) == getattr(paper.sae, name)
     assert small.model.layer == paper.model.layer and small.data.image_size == paper.data.image_size
@@ -263,17 +268,11 @@ def test_rehearsal_has_the_papers_dimensions():
     assert largest <= 155e6  # bytes, as the profile states
 
 
-def test_rehearsal_reports_times_and_projects_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal, "ROOT", tmp_path)
-    small, paper = load_profile("rehearsal"), load_profile("paper")
-    (tmp_path / "build" / "rehearsal").mkdir(parents=True)
-    for name in check.costs(small):
-        took = {"seconds": 100, "peak_bytes": 2e9, "processor_seconds": 150}
-        (tmp_path / "build" / "rehearsal" / f"{name}.json").write_text(json.dumps(took))
-    text, n = rehearsal.report(small, paper), len(check.costs(small))
-    assert len(text.splitlines()) == 2 + n and text.count("2.0") >= n
-    last = text.splitlines()[-1].split()
-    assert last[:4] == ["all", str(100 * n), str(150 * n), "2.0"] and "nan" not in text
+def test_rehearsal_reports_times_and_projects_them(monkeypatch):
+    monkeypatch.setattr(rehearsal, "record", lambda profile: recorded(profile.name).drop(columns="machine"))
+    text = rehearsal.report(load_profile("rehearsal"), load_profile("paper"))
+    assert len(text.splitlines()) == 4 and text.count("2.0") == 3 and "nan" not in text
+    assert text.splitlines()[-1].split()[:4] == ["all", "200", "300", "2.0"]
 
 
 def test_published_tables_add_up():

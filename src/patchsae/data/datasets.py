@@ -158,8 +158,9 @@ def images_folder(profile: Profile, task: str) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def model_config(name: str):
-    """The image tower of a folder, a file or a model of the hub, as a ``transformers.CLIPVisionConfig``."""
+def model_config(name: str, local: bool = False):
+    """The image tower of a folder, a file or a model of the hub, or of its ``local`` cache alone, as a
+    ``transformers.CLIPVisionConfig``."""
     from transformers import CLIPConfig
 
     path = resolve(name)
@@ -169,7 +170,7 @@ def model_config(name: str):
         return load_clip(name).model.config.vision_config
     source, _, revision = (str(path), "", "") if path.is_dir() else name.partition("@")
     try:
-        return CLIPConfig.from_pretrained(source, revision=revision or None).vision_config
+        return CLIPConfig.from_pretrained(source, revision=revision or None, local_files_only=local).vision_config
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"There is no CLIP at {name}: it is neither a folder with config.json nor a model the "
                                 "hub can give.") from error

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from patchsae.config import Profile, load_profile
+from patchsae.config import Profile, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, open_hub, where_from
 from patchsae.project.check import model_file, read_tasks
 from patchsae.weights.files import save_json
@@ -25,21 +25,17 @@ def fetch_model(profile: Profile) -> dict[str, str]:
         stated = HfApi().model_info(repository, revision=revision or None, files_metadata=True).siblings
         large = {file.rfilename: file.lfs.sha256 for file in stated if file.lfs}
         wanted = [name for name in MODEL_FILES if name != "pytorch_model.bin" or "model.safetensors" not in large]
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the library has errors of its own for every way a server can fail
         raise OSError(f"The hub does not give {repository} ({type(error).__name__}); check the network and run "
                       f"{profile.model.get} again, it goes on where it stopped.") from error
-    return verified(profile, folder, large)
-
-
-def verified(profile: Profile, folder: str, large: dict[str, str]) -> dict[str, str]:
-    """Hashes of what was downloaded; one that is not as stated is an error."""
-    found = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-    if bad := [name for name, digest in large.items() if found.get(name, digest) != digest]:
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*"))
+              if path.is_file()}
+    if bad := [name for name, digest in large.items() if hashes.get(name, digest) != digest]:
         raise ValueError(f"{bad[0]} of {profile.model.name} does not have the hash that the hub states; remove "
                          f"{folder} and run {profile.model.get} again.")
-    save_json(profile.data_dir / "fetched.json", found)
-    return found
+    save_json(profile.data_dir / "fetched.json", hashes)
+    return hashes
 
 
 def fetch_images(profile: Profile) -> list[str]:
@@ -59,9 +55,9 @@ def fetch_images(profile: Profile) -> list[str]:
 def run(name: str | None) -> str:
     """Fetch what a profile needs; returns a line for each thing."""
     profile = load_profile(name)
-    if profile.model.name.startswith("data/"):
-        there = "there" if model_file(profile.model.name) else f"not on the hub; {profile.model.get} makes it"
-        lines = [f"{profile.model.name}: {there}"]
+    model = profile.model.name
+    if model.count("/") == 1 and not resolve(model).exists():
+        lines = [f"{model}: {file} sha256 {digest}" for file, digest in fetch_model(profile).items()]
     else:
-        lines = [f"{profile.model.name}: {file} sha256 {digest}" for file, digest in fetch_model(profile).items()]
+        lines = [f"{model}: {'there' if model_file(model) else f'not on the hub; {profile.model.get} makes it'}"]
     return "\n".join([*lines, *fetch_images(profile)])

@@ -1,7 +1,6 @@
 """The rehearsal: random weights and drawn images in the paper's dimensions, and what the notebooks took with them."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae.config import ROOT, Profile, load_profile
-from patchsae.project.check import costs, read_tasks
+from patchsae.project.check import read_tasks
+from patchsae.project.stamps import estimate, record
 from patchsae.world.pretrain import build_tokenizer
 from patchsae.world.scenes import CONCEPTS, KINDS, NONE, Scene, class_names, draw_scene
 
@@ -72,9 +72,10 @@ def draw_masks(profile: Profile) -> int:
 
 
 def _scenes(task: str, seed: int, n: int) -> Iterator[tuple[int, Scene]]:
-    """The first n scenes of the first classes of a task, with their numbers."""
+    """Scenes of the first classes of a task, which take turns, with their numbers."""
     scenes = ((i, draw_scene(task, seed, i)) for i in itertools.count())
-    return itertools.islice(((i, scene) for i, scene in scenes if scene.label < CLASSES), n)
+    for k in range(n):
+        yield next((i, scene) for i, scene in scenes if scene.label == k % CLASSES)
 
 
 def _save(image: np.ndarray, path: Path) -> None:
@@ -84,23 +85,16 @@ def _save(image: np.ndarray, path: Path) -> None:
 
 
 def report(profile: Profile, real: Profile) -> str:
-    """What each notebook took in the last run, and what the real profile would take on this machine.
+    """What each notebook took in the last run, which is recorded, and what the real profile would take on this machine.
 
-    The projection multiplies the measured time by the ratio of the arithmetic of the two profiles. Processor seconds
-    are those of all cores together: on a machine that does other things too they say more than seconds do.
+    Processor seconds are those of all cores together: on a machine that does other things too they say more.
     """
-    work, larger, rows = costs(profile, anew=True), costs(real, anew=True), []
-    for name, cost in work.items():
-        stamp = json.loads((ROOT / "build" / profile.name / f"{name}.json").read_text())
-        seconds = stamp["seconds"]
-        rows.append((name, seconds, stamp["processor_seconds"], 1000 * seconds / max(1, cost.images),
-                     stamp["peak_bytes"] / 1e9, seconds * larger[name].flops / cost.flops / 3600))
-    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2)), float("nan"), max(row[4] for row in rows),
-                 sum(row[5] for row in rows)))
-    lines = [f"  {name:<30}{seconds:>9.0f}{busy:>11.0f}{each:>14.0f}{peak:>10.1f}{hours:>24,.0f}".replace("nan", "   ")
-             for name, seconds, busy, each, peak, hours in rows]
-    head = f"  {'Notebook':<30}{'seconds':>9}{'processor':>11}{'ms per image':>14}{'peak GB':>10}"
-    return "\n".join([head + f"{f'hours of {real.name} here':>24}", *lines])
+    took = record(profile).set_index("notebook")
+    table = took.join(estimate(real, took.reset_index(), took["gflops"].iloc[0]))
+    table.loc["all"] = table.agg({"seconds": "sum", "processor_seconds": "sum", "peak_bytes": "max", "hours": "sum"})
+    head = f"  {'Notebook':<30}{'seconds':>9}{'processor':>11}{'peak GB':>10}{f'hours of {real.name}, at most':>26}"
+    return "\n".join([head, *(f"  {row.Index:<30}{row.seconds:>9.0f}{row.processor_seconds:>11.0f}"
+                              f"{row.peak_bytes / 1e9:>10.1f}{row.hours:>26,.0f}" for row in table.itertuples())])
 
 
 def made() -> str:
