@@ -9,10 +9,22 @@ import torch
 from conftest import SIDE, one_sentence
 from test_maple import CLASSES
 
-from patchsae import ArrayDataset, load_profile
+from patchsae import ArrayDataset
+from patchsae.clip import Clip
 from patchsae.config import MethodSettings
 from patchsae.studies import adapt
-from patchsae.studies.adapt import METHODS, UNTRAINED, adaptation_key, adapted_model, few_shots, halves, unadapted
+from patchsae.studies.adapt import (
+    METHODS,
+    UNTRAINED,
+    Recipe,
+    adaptation_key,
+    adapted_model,
+    few_shots,
+    halves,
+    kept_folder,
+    unadapted,
+)
+from patchsae.studies.study import Study
 
 
 @pytest.fixture
@@ -27,13 +39,20 @@ def task_data():
 
 
 @pytest.fixture
-def quick(profile, tmp_path, monkeypatch):
-    """The tiny profile with few and large training steps, writing elsewhere."""
+def quick(profile, clip, task_data, tmp_path, monkeypatch):
+    """A study of few and large training steps on these images, writing elsewhere."""
     method = MethodSettings(learning_rate=0.05, epochs=4, least_steps=0, batch_images=4)
     settings = dataclasses.replace(profile.adaptation, tasks=("nouns",), shots=4, seeds=(1,))
     monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
-    return dataclasses.replace(profile, adaptation=settings, maple=method, coop=method, lora=method,
-                               fine_tuning=dataclasses.replace(method, learning_rate=1e-3))
+    return study_of(dataclasses.replace(profile, adaptation=settings, maple=method, coop=method, lora=method,
+                                        fine_tuning=dataclasses.replace(method, learning_rate=1e-3)), clip, task_data)
+
+
+def study_of(profile, clip, images):
+    """A study whose tasks are all the same images."""
+    study = Study(profile)
+    study.clip, study.images = clip, lambda task, split: images
+    return study
 
 
 def test_halves_cover_all_classes_and_the_base_half_is_the_larger(task_data):
@@ -79,7 +98,8 @@ def test_batches_use_every_image_once_and_drop_the_rest():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_its_few_shots_and_leaves_clip_alone(clip, quick, task_data, method):
     before = clip.fingerprint()
-    model = adapt.adapt(quick, clip, "nouns", method, 1, task_data)
+    recipe = Recipe(quick, "nouns", method, 1)
+    model, plain = adapt.adapt(recipe), unadapted(quick, "nouns")
     assert clip.fingerprint() == before
     shots = few_shots(task_data, range(3), 4, 1)
 
@@ -87,23 +107,22 @@ def test_every_method_learns_its_few_shots_and_leaves_clip_alone(clip, quick, ta
         logits = m.tower.logits(adapt.image_embeddings(m.tower, shots), m.text(shots.class_names))
         return torch.nn.functional.cross_entropy(logits, torch.from_numpy(shots.labels)).item()
 
-    start = (adapt.as_adapted(adapt.new_prompts(quick, clip, shots.class_names, method, 1))
-             if method in ("maple", "coop") else unadapted(load_profile("mini"), clip, "nouns"))
+    start = (adapt.as_adapted(adapt.new_prompts(recipe, shots.class_names)) if method in ("maple", "coop") else plain)
     assert loss(model) < loss(start)
     changes_tower = not torch.equal(model.tower.below(shots.ds.pixels, 1)[:, :clip.n_tokens],
                                     clip.below(shots.ds.pixels, 1))
     assert changes_tower == (method in ("maple", "lora", "fine-tuning"))
     if method in ("lora", "fine-tuning"):
         assert not any("lora" in name for name, _ in model.tower.model.named_parameters())
-        assert torch.equal(model.text(CLASSES), unadapted(load_profile("mini"), clip, "nouns").text(CLASSES))
+        assert torch.equal(model.text(CLASSES), plain.text(CLASSES))
     if method == "linear probe":
-        assert torch.equal(model.text(["owl"]), unadapted(load_profile("mini"), clip, "nouns").text(["owl"]))
-        assert not torch.equal(model.text(["cat"]), unadapted(load_profile("mini"), clip, "nouns").text(["cat"]))
+        assert torch.equal(model.text(["owl"]), plain.text(["owl"]))
+        assert not torch.equal(model.text(["cat"]), plain.text(["cat"]))
 
 
 @pytest.mark.parametrize("method", ["maple", "lora", "fine-tuning"])
 def test_training_is_a_function_of_its_seed(clip, quick, task_data, method):
-    first, again, other = (adapt.adapt(quick, clip, "nouns", method, seed, task_data) for seed in (1, 1, 2))
+    first, again, other = (adapt.adapt(Recipe(quick, "nouns", method, seed)) for seed in (1, 1, 2))
     assert first.tower.fingerprint() == again.tower.fingerprint() != other.tower.fingerprint()
 
 
@@ -122,7 +141,7 @@ def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
         return lora
 
     monkeypatch.setattr(adapt, "get_peft_model", watched)
-    tower = adapt.adapt(quick, clip, "nouns", "lora", 1, task_data).tower
+    tower = adapt.adapt(Recipe(quick, "nouns", "lora", 1)).tower
     after = tower.model.vision_model(pixel_values=pixels).pooler_output
     assert torch.allclose(after, kept["before"], atol=1e-4)
     assert not torch.allclose(after, clip.model.vision_model(pixel_values=pixels).pooler_output, atol=1e-2)
@@ -131,25 +150,41 @@ def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
 
 @pytest.mark.parametrize("method", ["maple", "coop", "lora", "fine-tuning"])
 def test_an_adapted_model_is_kept_and_read_again(clip, quick, task_data, method, monkeypatch):
-    first = adapted_model(quick, clip, "nouns", method, 1, task_data)
-    monkeypatch.setattr(adapt, "adapt", lambda *a, **k: pytest.fail("trained again"))
-    again = adapted_model(quick, clip, "nouns", method, 1, task_data)
-    x = task_data.pixels[:3]
+    recipe = Recipe(quick, "nouns", method, 1)
+    assert kept_folder(recipe) is None
+    first = adapted_model(recipe)
+    monkeypatch.setattr(adapt, "adapt", lambda _: pytest.fail("trained again"))
+    again, x = adapted_model(recipe), task_data.pixels[:3]
+    assert kept_folder(recipe) == quick.profile.run_dir / "adapted" / adaptation_key(recipe)
     assert torch.equal(first.tower.below(x, 2), again.tower.below(x, 2))
     assert torch.allclose(first.text(CLASSES), again.text(CLASSES), atol=1e-6)
 
 
 def test_keys_tell_settings_apart(clip, quick, task_data):
-    key = adaptation_key(quick, clip, "nouns", "maple", 1, task_data)
-    slower = dataclasses.replace(quick, maple=dataclasses.replace(quick.maple, epochs=9))
-    more = dataclasses.replace(quick, adaptation=dataclasses.replace(quick.adaptation, seeds=(1, 2, 3)))
-    assert adaptation_key(more, clip, "nouns", "maple", 1, task_data) == key
-    others = {adaptation_key(slower, clip, "nouns", "maple", 1, task_data),
-              adaptation_key(quick, clip, "nouns", "maple", 2, task_data),
-              adaptation_key(quick, clip, "nouns", "coop", 1, task_data),
-              adaptation_key(quick, clip, "nouns", "maple", 1, task_data, "all"),
-              adaptation_key(quick, clip, "nouns", UNTRAINED, 1, task_data)}
-    assert len(others) == 5 and key not in others
+    recipe, p = Recipe(quick, "nouns", "maple", 1), quick.profile
+    slower = dataclasses.replace(p, maple=dataclasses.replace(p.maple, epochs=9))
+    more = dataclasses.replace(p, adaptation=dataclasses.replace(p.adaptation, seeds=(1, 2, 3)))
+    key = adaptation_key(recipe)
+    assert adaptation_key(recipe._replace(study=study_of(more, clip, task_data))) == key
+    others = [recipe._replace(study=study_of(slower, clip, task_data)), recipe._replace(seed=2),
+              recipe._replace(method="coop"), recipe._replace(classes="all"), recipe._replace(method=UNTRAINED)]
+    assert len({key, *map(adaptation_key, others)}) == 6
+
+
+def test_logits_are_float32_where_the_towers_run_in_bfloat16(clip, quick, monkeypatch):
+    """As on CUDA: embeddings and text come out of autocast in bfloat16, whose logits of 16 to 32 lie 0.125 apart."""
+    autocast, seen = torch.autocast, []
+
+    def logits(self, embeddings, text, original=Clip.logits):
+        seen.append((embeddings, original(self, embeddings, text)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(Clip, "logits", logits)
+    adapt.adapt(Recipe(quick, "nouns", "maple", 1))
+    embeddings, values = seen[-1]
+    assert torch.equal(embeddings, embeddings.bfloat16().float()), "the towers did not run in bfloat16"
+    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
 
 
 def test_augmented_images_have_the_models_size_and_follow_the_generator(clip, image_data):
@@ -170,5 +205,5 @@ def test_crops_lie_inside_and_have_the_published_areas():
 
 def test_an_unknown_method_is_one_sentence(clip, quick, task_data):
     with pytest.raises(ValueError, match="prefix") as error:
-        adapt.adapt(quick, clip, "nouns", "prefix", 1, task_data)
+        adapt.adapt(Recipe(quick, "nouns", "prefix", 1))
     assert one_sentence(error.value)

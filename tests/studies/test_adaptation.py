@@ -6,14 +6,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYER, SIDE, one_sentence, random_sae
+from conftest import LAYER, SIDE, WIDTH, one_sentence, random_sae
+from test_fidelity import perfect_sae
 
 from patchsae import ArrayDataset, load_profile
 from patchsae.ablation import topk_masking
+from patchsae.clip import Clip
+from patchsae.config import MethodSettings
 from patchsae.latents import collect_latents
 from patchsae.maple import new_maple
 from patchsae.studies import adaptation, remapping
-from patchsae.studies.adapt import Adapted, adapted_model, as_adapted, unadapted
+from patchsae.studies import adaptation_sweep as sweep
+from patchsae.studies.adapt import (
+    UNTRAINED,
+    Adapted,
+    Recipe,
+    adaptation_key,
+    adapted_model,
+    as_adapted,
+    new_prompts,
+    unadapted,
+)
+from patchsae.studies.recovery import Split
+from patchsae.studies.study import Study
 from patchsae.world.dataset import SceneDataset
 
 NAMES = ("cat", "dog", "pig", "owl", "duck")
@@ -26,7 +41,9 @@ def models(clip):
     with torch.no_grad():
         for parameter in model.prompts.parameters():
             parameter += 0.8 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    return unadapted(load_profile("mini"), clip, "nouns"), as_adapted(model)
+    plain = Study(load_profile("mini"))
+    plain.clip = clip
+    return unadapted(plain, "nouns"), as_adapted(model)
 
 
 @pytest.fixture
@@ -66,8 +83,6 @@ def test_rates_and_means_at_their_known_values():
     # Table 1 of the paper: StanfordCars 53.45 to 56.16 is 5.82 %, EuroSAT 42.61 to 73.07 is 53.08 %.
     assert np.allclose(100 * adaptation.improvement_rate([0.5345, 0.4261], [0.5616, 0.7307]), [5.82, 53.08], atol=0.01)
     assert np.isnan(adaptation.improvement_rate([1.0], [1.0])).all()
-    assert adaptation.interval(np.array([True, False, True, True]))["accuracy"] == 0.75
-    assert adaptation.interval(np.ones(10, bool))["high"] == 1 > adaptation.interval(np.ones(10, bool))["low"] > 0.6
 
 
 def test_means_over_seeds_have_t_intervals():
@@ -173,7 +188,7 @@ def test_masking_grid_selects_by_one_side_and_classifies_by_the_other(models, fe
     sae = random_sae(bias=0.4)
     counts = {side: collect_latents(m.tower, sae, few, LAYER, n_reference=3).class_counts
               for side, m in zip(adaptation.SIDES, models)}
-    table = adaptation.masking_grid(before, after, sae, counts, few, LAYER, [2, "all"])
+    table = adaptation.masking_grid(dict(zip(adaptation.SIDES, models)), sae, counts, few, LAYER, [2, "all"])
     assert len(table) == 4 * 6
     lat = collect_latents(before.tower, sae, few, LAYER, n_reference=3)
     direct = topk_masking(before.tower, sae, few, lat, before.text(NAMES), LAYER, [2, "all"])
@@ -185,20 +200,6 @@ def test_masking_grid_selects_by_one_side_and_classifies_by_the_other(models, fe
 
 
 # What can be read ---------------------------------------------------------------------------------------
-
-def test_a_readout_reads_what_is_there_and_nothing_else():
-    rng = np.random.default_rng(0)
-    labels = np.arange(400) % 4
-    told = torch.from_numpy(np.eye(4)[labels] + 0.1 * rng.normal(size=(400, 4))).float()
-    noise = torch.from_numpy(rng.normal(size=(400, 6))).float()
-    constant = torch.ones(400, 2)
-    x = torch.cat([noise, told, constant], 1)
-    assert (remapping.readout(x[:200], labels[:200], x[200:]).argmax(1).numpy() == labels[200:]).mean() > 0.99
-    guess = (remapping.readout(noise[:200], labels[:200], noise[200:]).argmax(1).numpy() == labels[200:]).mean()
-    assert guess < 0.4
-    shifted = remapping.readout(5 * x[:200] - 3, labels[:200], 5 * x[200:] - 3)
-    assert torch.allclose(shifted, remapping.readout(x[:200], labels[:200], x[200:]), atol=1e-2)
-
 
 def test_image_latents_leave_prompts_out(models, few):
     tower, sae = models[1].tower, random_sae(bias=0.4)
@@ -214,24 +215,23 @@ def test_remapped_share_at_its_known_values(values, share):
     assert np.isclose(remapping.remapped_share(*values), share, equal_nan=True)
 
 
-def test_concepts_that_are_in_the_latents_are_read(monkeypatch):
-    train, test = SceneDataset("nouns", "train", 40), SceneDataset("nouns", "test", 40)
-    kinds = ("background", "style")
+def test_concepts_that_are_in_the_latents_are_read():
+    kinds, concepts = ("background", "style"), [("background", name) for name in "abc"] + [("style", "d")]
+    rng = np.random.default_rng(0)
 
-    def patches(tower, sae, ds, layer, kinds, n_images):
-        shown = remapping.patch_concepts(ds, range(n_images), kinds).reshape(-1, 12)
-        return torch.from_numpy(shown.astype(np.float32)), shown
+    def split(told):
+        share = np.concatenate([np.eye(3)[rng.integers(0, 3, (30, 9))], rng.random((30, 9, 1)) < 0.3], -1)
+        z = np.zeros((30, 10, WIDTH), np.float32)
+        z[:, 1:, :4] = share if told else rng.normal(size=share.shape)
+        return Split(torch.from_numpy(z), share.astype(np.float32), concepts)
 
-    monkeypatch.setattr(remapping, "_patches", patches)
-    table = remapping.concept_readout(None, None, train, test, 0, kinds, n_images=40)
-    seen = table[table["share"] > 0]
-    assert set(table["kind"]) == set(kinds) and seen["ap"].min() > 0.95
-    monkeypatch.setattr(remapping, "_patches", lambda *a: (torch.randn(2560, 5), patches(*a)[1]))
-    noise = remapping.concept_readout(None, None, train, test, 0, kinds, n_images=40)
+    table = remapping.concept_readout(perfect_sae(), split(True), split(True), kinds)
+    assert table["kind"].tolist() == ["background"] * 3 + ["style"] and table["ap"].min() > 0.95
+    noise = remapping.concept_readout(perfect_sae(), split(False), split(False), kinds)
     assert (noise["ap"] - noise["share"]).abs().max() < 0.15  # chance is the share
 
 
-def test_a_concept_map_shows_what_presence_does():
+def test_a_concept_map_shows_what_presence_does(monkeypatch):
     test = SceneDataset("textures", "test", 60)
     shown = remapping.patch_concepts(test, range(60), ("texture",)).any(1)
 
@@ -242,12 +242,8 @@ def test_a_concept_map_shows_what_presence_does():
     def embeddings(tower, ds):
         return torch.from_numpy(3.0 * shown.astype(float))
 
-    original = remapping.image_embeddings
-    remapping.image_embeddings = embeddings
-    try:
-        table = remapping.concept_map(Adapted(Tower(), lambda names: None), test, ("texture",))
-    finally:
-        remapping.image_embeddings = original
+    monkeypatch.setattr(remapping, "image_embeddings", embeddings)
+    table = remapping.concept_map(Adapted(Tower(), lambda names: None), test, ("texture",))
     assert table.shape == (10, 10) and list(table.columns) == list(test.class_names)
     values = table.to_numpy()
     assert values.diagonal().min() > values[~np.eye(10, dtype=bool)].max()
@@ -255,32 +251,82 @@ def test_a_concept_map_shows_what_presence_does():
 
 # Tables -------------------------------------------------------------------------------------------------
 
-def test_a_table_is_filled_once_and_again_only_where_settings_changed(clip, profile, few, tmp_path, monkeypatch):
-    from patchsae.studies import adaptation_sweep as sweep
-
-    profile = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, tasks=("a", "b")))
+@pytest.fixture
+def study(clip, profile, tmp_path, monkeypatch):
+    """Two tasks, one of them with ground truth for its patches, adapted to in a few steps; everything is written to a
+    folder of its own."""
     monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "open_dataset", lambda *a: few)
-    asked = []
-
-    def rows(*group):
-        asked.append(group)
-        return pd.DataFrame({"value": [len(asked)]})
-
-    wanted = [("a", "maple", 1), ("b", "maple", 1)]
-    first = sweep.filled_table(profile, clip, "some", wanted, rows)
-    assert asked == wanted and first["value"].tolist() == [1, 2]
-    again = sweep.filled_table(profile, clip, "some", [*wanted, ("b", "coop", 1)], rows)
-    assert len(asked) == 3 and again["value"].tolist() == [1, 2, 3]
-    changed = dataclasses.replace(profile, maple=dataclasses.replace(profile.maple, epochs=99))
-    table = sweep.filled_table(changed, clip, "some", wanted, rows)
-    assert len(asked) == 5 and table["value"].tolist() == [4, 5]
+    short = MethodSettings(learning_rate=0.05, epochs=1, least_steps=0, batch_images=4)
+    settings = dataclasses.replace(profile.adaptation, tasks=("nouns", "words"), seeds=(1,), shots=2, depth=2,
+                                   images=20)
+    methods = dict.fromkeys(("maple", "coop", "lora", "fine_tuning"), short)
+    return study_of(dataclasses.replace(profile.with_sae(expansion=10), adaptation=settings, **methods), clip)
 
 
-def test_control_prompts_are_those_that_training_starts_from(clip, profile, few):
-    from patchsae.studies.adapt import UNTRAINED, new_prompts
-    profile = dataclasses.replace(profile, adaptation=dataclasses.replace(profile.adaptation, depth=2))
-    control = adapted_model(profile, clip, "nouns", UNTRAINED, 3, few)
-    start = new_prompts(profile, clip, NAMES, "maple", 3)
-    assert control.tower.fingerprint() == start.fingerprint()
-    assert control.tower.below(torch.zeros(1, 3, SIDE, SIDE), 2).shape[1] == clip.n_tokens + 2
+def study_of(profile, clip):
+    numbers = torch.Generator().manual_seed(0)
+    images = {split: ArrayDataset(torch.randn(20, 3, SIDE, SIDE, generator=numbers), np.arange(20) % 5,
+                                  class_names=NAMES) for split in ("train", "test")}
+    study = Study(profile)
+    study.clip, study.images, study.sae = clip, lambda task, split: images[split], random_sae(n_latents=120)
+    return study
+
+
+def test_without_committed_tables_small_ones_are_made_in_the_run_folder(study, monkeypatch):
+    made = sweep.tables(study)
+    assert {name: len(table) for name, table in made.items()} == {"accuracy": 8, "transfer": 0, "latents": 6,
+                                                                  "concepts": 0}
+    assert set(made["accuracy"]["method"]) == {"maple"} and set(made["latents"]["task"]) == {"nouns"}
+    assert not made["accuracy"].attrs["current"]
+    note = made["accuracy"].attrs["note"]
+    assert "11 of its 12 runs" in note and "make mini-artifacts PROFILE=mini" in note and note.endswith(".")
+    folder = study.profile.data_dir
+    assert [path.name for path in folder.iterdir()] == ["run"]
+    latents = made["latents"].set_index(["method", "half"])
+    assert (latents["low"] <= latents["readable"]).all() and (latents["readable"] <= latents["high"]).all()
+    assert latents.loc[("zero-shot", "base"), "group high"] == sweep.UPPER
+    monkeypatch.setattr(sweep, "adapted_model", lambda _: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(sweep.tables(study)["latents"], made["latents"])
+
+
+def test_committed_tables_are_shown_with_a_note_where_settings_are_others(study, clip, monkeypatch):
+    sweep.run(study)
+    made, folder = sweep.tables(study), study.profile.data_dir / "adapted"
+    assert all(made[name].attrs == {"current": True, "note": ""} for name in sweep.ROWS)
+    kept = {path.name for path in folder.iterdir() if path.is_dir()}
+    small = [recipe for recipe in sweep.recipes(study)["accuracy"] if recipe.method in sweep.KEPT]
+    assert kept == set(map(adaptation_key, small))
+    before = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    monkeypatch.setattr(sweep, "adapted_model", lambda _: pytest.fail("computed in a notebook"))
+    other = study_of(study.profile, clip)
+    other.sae = random_sae(n_latents=120, seed=1)
+    shown = sweep.tables(other)
+    assert shown["accuracy"].attrs["current"] and not shown["latents"].attrs["current"]
+    pd.testing.assert_frame_equal(shown["latents"], made["latents"])
+    assert "latents.csv is shown as it is" in shown["latents"].attrs["note"]
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+
+
+def test_without_tasks_or_text_tables_are_empty_and_say_why(study, clip):
+    p = study.profile
+    alone = study_of(dataclasses.replace(p, adaptation=dataclasses.replace(p.adaptation, tasks=())), clip)
+    silent = study_of(p, Clip(clip.model, None, clip.processor))
+    for lacking, why in ((alone, "no task"), (silent, "no tokenizer")):
+        made = sweep.tables(lacking)
+        assert all(table.empty and why in table.attrs["note"] for table in made.values())
+        sweep.run(lacking)
+    assert not p.data_dir.exists()
+
+
+def test_given_weights_are_those_of_no_other_tower_or_seed(study, clip):
+    given = study_of(study.profile.with_sae(weights="somewhere"), clip)
+    assert sweep.sae_of_the_adapted(given, "nouns") is None and given.next_seed() is None
+    assert study.next_seed().profile.seed == study.profile.seed + 1
+
+
+def test_control_prompts_are_those_that_training_starts_from(study, clip):
+    control = Recipe(study, "nouns", UNTRAINED, 3)
+    start = new_prompts(control._replace(method="maple"), NAMES)
+    tower = adapted_model(control).tower
+    assert tower.fingerprint() == start.fingerprint()
+    assert tower.below(torch.zeros(1, 3, SIDE, SIDE), 2).shape[1] == clip.n_tokens + 2

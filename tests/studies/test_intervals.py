@@ -3,8 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import one_sentence
 
-from patchsae.studies.intervals import accuracy_table, bootstrap, correctness, difference_table
+from patchsae.studies.intervals import (
+    accuracy_table,
+    bootstrap,
+    correctness,
+    difference_table,
+    mean_interval,
+    percentiles,
+    wilson_interval,
+)
 
 KEYS = ["selection", "mode", "k", "seed"]
 
@@ -28,18 +37,38 @@ def test_intervals_are_those_of_scipy():
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = (np.random.default_rng(0).random((200, 3)) < [0.1, 0.5, 0.9]).astype(float)
-    low, high = bootstrap(values, draws=4000)
+    low, high = mean_interval(values, draws=4000)
     for column, a, b in zip(values.T, low, high):
         expected = scipy_bootstrap((column,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
         assert abs(a - expected.low) < 0.012 and abs(b - expected.high) < 0.012
-    np.testing.assert_array_equal(bootstrap(values), bootstrap(values))
-    assert not np.array_equal(bootstrap(values, seed=0), bootstrap(values, seed=1))
+    np.testing.assert_array_equal(mean_interval(values), mean_interval(values))
+    assert not np.array_equal(mean_interval(values, seed=0), mean_interval(values, seed=1))
+
+
+def test_any_statistic_is_resampled_by_how_often_things_are_drawn():
+    """Against rows that are drawn one sample at a time; medians are no sums."""
+    x, rng = np.random.default_rng(1).normal(size=(50, 2)), np.random.default_rng(7)
+    slow = np.percentile([np.median(x[rng.integers(0, 50, 50)], axis=0) for _ in range(130)], [2.5, 97.5], axis=0)
+
+    def medians(counts):
+        return np.array([np.median(np.repeat(x, count.astype(int), axis=0), axis=0) for count in counts])
+
+    np.testing.assert_allclose(bootstrap(medians, 50, draws=130, seed=7), slow)
+    values = np.arange(101.0)
+    assert np.allclose(percentiles(values), [2.5, 97.5]) and np.allclose(percentiles(np.append(values, np.nan)),
+                                                                         [2.5, 97.5])
+
+
+def test_counts_have_wilsons_interval():
+    assert wilson_interval(np.array([True, False, True, True]))["accuracy"] == 0.75
+    whole = wilson_interval(np.ones(10, bool))
+    assert whole["n"] == 10 and whole["high"] == 1 > whole["low"] == pytest.approx(1 / (1 + 1.959964**2 / 10))
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     numbers = np.random.default_rng(3)
     samples = (numbers.random((150, 400)) < 0.3).astype(float)
-    low, high = bootstrap(samples, draws=1000)
+    low, high = mean_interval(samples, draws=1000)
     assert 0.90 < ((low <= 0.3) & (0.3 <= high)).mean() < 0.99
 
 
@@ -75,3 +104,12 @@ def test_pairing_makes_differences_exact():
 def test_equal_images_are_all_counted():
     images = predictions(23, copies=4)
     assert images["id"].nunique() == 23 and len(correctness(images)) == 27
+
+
+def test_repeated_seeds_and_other_images_do_not_shrink_intervals():
+    images = predictions(23)
+    again = pd.concat([images, images[(images["selection"] == "matched") & (images["seed"] == 0)]])
+    for wrong in (again, images.iloc[:-1]):
+        with pytest.raises(ValueError, match="more images than others") as error:
+            accuracy_table(wrong)
+        assert one_sentence(error.value)

@@ -9,7 +9,7 @@ import torch
 from conftest import LAYER, WIDTH, random_sae
 from scipy.special import softmax
 
-from patchsae.studies import controls
+from patchsae.studies import controls, recovery_sweep
 from patchsae.studies.recovery import (
     BAR,
     Directions,
@@ -26,6 +26,7 @@ from patchsae.studies.recovery import (
     transferred,
 )
 from patchsae.studies.scores import average_precision
+from patchsae.studies.study import Study
 from patchsae.world.dataset import SceneDataset
 
 SCENES, PATCHES, CONCEPTS = 30, 9, 4
@@ -209,23 +210,20 @@ def test_probe_is_a_ceiling():
     assert table["candidate"].tolist() == list(range(CONCEPTS)) and table["auprc"].min() > 0.97
 
 
-def test_hidden_neurons_are_those_of_the_block(clip, pixel_data):
-    from patchsae.activations import token_batches
-
+@pytest.mark.parametrize("layer", [0, 1, LAYER, -1])
+def test_hidden_neurons_are_those_of_the_block(clip, pixel_data, layer):
     split = Split(torch.zeros(5, 5, WIDTH), np.zeros((5, 4, 1), np.float32), [("noun", "a")])
-    found = controls.hidden_neurons(clip, pixel_data, LAYER, split)
-    kept = []
-    handle = clip.blocks[LAYER].mlp.fc2.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
-    list(token_batches(clip, torch.utils.data.Subset(pixel_data, range(5)), LAYER))
+    found, kept = controls.hidden_neurons(clip, pixel_data, layer, split), []
+    handle = clip.blocks[layer].mlp.fc2.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    clip.below(pixel_data.pixels[:5], layer)
     handle.remove()
     torch.testing.assert_close(found.z, kept[0], atol=1e-5, rtol=1e-4)
 
 
-def test_shuffled_autoencoder_sees_the_same_coordinates(clip, pixel_data, profile):
-    found = controls.shuffled_autoencoder(profile, clip, pixel_data)
+def test_shuffled_autoencoder_sees_the_same_coordinates(study):
+    found = controls.shuffled_autoencoder(study)
     assert found.weight.shape == (WIDTH, 36) and found.weight.isfinite().all()
-    before = controls.random_autoencoder(profile, clip, pixel_data)
-    assert not torch.equal(found.weight, before.weight)
+    assert not torch.equal(found.weight, controls.random_autoencoder(study).weight)
 
 
 def test_more_centroids_than_tokens_are_as_many_as_tokens():
@@ -233,35 +231,82 @@ def test_more_centroids_than_tokens_are_as_many_as_tokens():
     assert controls.clusters(few, 500, 0).weight.shape[1] == PATCHES
 
 
-def test_controls_without_chance_come_with_the_first_seed(clip, profile):
-    from patchsae.studies import recovery_sweep
-
-    for seed in (42, 43):
-        names = recovery_sweep.methods("default", dataclasses.replace(profile, seed=seed), clip, 42)
-        assert ("linear probe" in names) == ("neurons" in names) == (seed == 42) and "k-means" in names
+# Tables
 
 
-def test_without_tables_what_needs_no_training_is_computed(clip, profile, tmp_path, monkeypatch, capsys):
-    from patchsae.studies import recovery_sweep
+@pytest.fixture
+def study(clip, pixel_data, profile, tmp_path, monkeypatch):
+    """Images and masks of a few tokens, everything written to a folder of its own."""
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
+    study = Study(profile)
+    study.clip, study.images = clip, lambda task, split: pixel_data
+    return study
 
-    monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
-    monkeypatch.setattr(recovery_sweep, "splits", lambda *a: [world(0), world(1, 0.1)])
+
+@pytest.fixture
+def few_methods(study, monkeypatch):
+    """Three methods whose candidates are known, on scenes that are made up; what was computed, in order."""
     perfect, nothing = directions(np.eye(WIDTH)), directions(np.zeros((WIDTH, 3)))
-    found = {"autoencoder": perfect, "linear probe": perfect, "neurons": nothing, "k-means": None}
-    monkeypatch.setattr(recovery_sweep, "methods",
-                        lambda *a: {name: lambda *both, own=own: (own, *both) for name, own in found.items()})
-    table, samples = recovery_sweep.tables(profile, clip)
-    assert "make mini-artifacts" in capsys.readouterr().out
-    assert set(table["method"]) == {"autoencoder", "linear probe", "neurons"} and table["seed"].nunique() == 1
-    shares = recovery_sweep.intervals(table, samples)
-    together = shares[shares["kind"] == "together"].set_index("method")
-    assert together["share"].to_dict() == {"autoencoder": 1, "linear probe": 1, "neurons": 0}
-    assert together.loc["neurons", "minus"] == 1 and not list(tmp_path.iterdir())
+    asked = []
+
+    def methods(configuration, variant):
+        def make(name, candidates):
+            def method(train, test):
+                asked.append((configuration, name, variant.profile.seed))
+                return candidates, train, test
+            return method
+        return {name: make(name, perfect if name == "autoencoder" else nothing) for name in
+                ("autoencoder", "k-means", "neurons")}
+
+    monkeypatch.setattr(recovery_sweep, "splits", lambda _: [world(0), world(1, 0.1)])
+    monkeypatch.setattr(recovery_sweep, "methods", methods)
+    monkeypatch.setattr(recovery_sweep, "resamples", lambda n, seed: resamples(n, seed, 8))
+    return asked
+
+
+def test_methods_without_chance_come_with_the_first_seed(study):
+    names = [group.names for group in recovery_sweep.groups(study)]
+    default = [n for n in names if n["configuration"] == "default"]
+    assert sum(n["method"] == "autoencoder" for n in default) == 3 == sum(n["method"] == "k-means" for n in default)
+    assert sum(n["method"] in recovery_sweep.ONCE for n in default) == len(recovery_sweep.ONCE)
+    assert {n["method"] for n in names if n["configuration"] == "expansion x2"} == {"autoencoder", "k-means"}
+    assert {n["method"] for n in names if n["configuration"] == "layer 0"} == {"autoencoder"}
+    given = study.variant(dataclasses.replace(study.profile, sae=dataclasses.replace(study.profile.sae, weights="a")))
+    assert {group.names["seed"] for group in recovery_sweep.groups(given)} == {study.profile.seed}
+
+
+def test_without_tables_what_needs_no_training_is_computed(study, few_methods):
+    table, samples = recovery_sweep.tables(study)
+    assert "make mini-artifacts" in table.attrs["note"] and not table.attrs["current"]
+    assert few_methods == [("default", "autoencoder", 0), ("default", "neurons", 0)]
+    together = recovery_sweep.intervals(table, samples).query("kind == 'together'").set_index("method")
+    assert together["share"].to_dict() == {"autoencoder": 1, "neurons": 0}
+    assert together.loc["neurons", "minus"] == 1
+    assert [path.name for path in study.profile.data_dir.iterdir()] == ["run"]
+
+
+def test_other_settings_stand_beside_the_committed_tables(study, few_methods):
+    recovery_sweep.run(study)
+    table, samples = recovery_sweep.tables(study)
+    assert table.attrs["current"] and not table.attrs["note"] and len(set(few_methods)) == len(few_methods)
+    before = {path.name: path.read_bytes() for path in study.profile.data_dir.glob("*.csv")}
+    few_methods.clear()
+    other = study.variant(study.profile.with_sae(l1=0.3))
+    shown, drawn = recovery_sweep.tables(other)
+    assert few_methods == [("default", "autoencoder", 0)] and "is shown as it is" in shown.attrs["note"]
+    pd.testing.assert_frame_equal(shown[:len(table)], table)
+    assert set(shown["configuration"][len(table):]) == {"these settings"}
+    assert "these settings" in set(recovery_sweep.intervals(shown, drawn)["configuration"])
+    assert before == {path.name: path.read_bytes() for path in study.profile.data_dir.glob("*.csv")}
+
+
+def test_without_masks_tables_are_empty_and_say_so(study):
+    data = dataclasses.replace(study.profile.data, source="folders")
+    for table in recovery_sweep.tables(study.variant(dataclasses.replace(study.profile, data=data))):
+        assert table.empty and "no masks" in table.attrs["note"]
 
 
 def test_intervals_of_the_committed_tables():
-    from patchsae.studies import recovery_sweep
-
     names = dict(configuration="default", key="k", kind="noun")
     table = pd.DataFrame([names | dict(method=m, seed=s, auprc=a, candidates=8, concept=c)
                           for m, values in (("autoencoder", (1, 1, 0.9, 0.5)), ("k-means", (0.1, 0.7, 0.1, 0.1)))

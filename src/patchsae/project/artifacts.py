@@ -5,6 +5,7 @@ import pandas as pd
 from patchsae.config import ROOT, start
 from patchsae.figures.plots import pretraining_curves
 from patchsae.studies import adaptation_sweep, recovery_sweep, sweep
+from patchsae.studies.study import open_study
 from patchsae.world import pretrain
 
 
@@ -20,7 +21,7 @@ def mini_clip() -> str:
 
 def run(name: str | None) -> str:
     """Fill every table of a profile that is not full yet."""
-    profile = start(name)
-    for study in (sweep, adaptation_sweep, recovery_sweep):
-        study.run(profile)
-    return f"The tables of the profile {profile.name} are in {profile.short(profile.data_dir)}/"
+    study = open_study(name)
+    for room in (sweep, adaptation_sweep, recovery_sweep):
+        room.run(study)
+    return f"The tables of the profile {study.profile.name} are in {study.profile.short(study.profile.data_dir)}/"

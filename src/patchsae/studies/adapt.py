@@ -6,11 +6,9 @@ sees the base half of the classes; the novel half is only tested on.
 
 import copy
 import dataclasses
-import functools
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,15 +20,19 @@ from tqdm.auto import tqdm
 
 from patchsae.activations import load_pixels
 from patchsae.clip import Clip, class_prototypes
-from patchsae.config import AdaptationSettings, MethodSettings, Profile
+from patchsae.config import MethodSettings
 from patchsae.data.datasets import Subset, own_template
+from patchsae.data.images import Images
 from patchsae.maple import MaPLe, new_maple
-from patchsae.weights.files import load_tensors, save_tensors
-from patchsae.world.probes import linear_weights
+from patchsae.studies.study import Study, fingerprint
+from patchsae.weights.files import load_tensors, result_key, save_tensors
+from patchsae.world.probes import image_embeddings, logistic_weights
 
 METHODS = ("maple", "coop", "lora", "linear probe", "fine-tuning")
 #: The control: MaPLe's prompts as they are before training.
 UNTRAINED = "untrained prompts"
+#: Raised when training gives other models from the same settings.
+VERSION = 1
 #: CoOp learns the four words "a photo of a".
 COOP_WORDS = 4
 #: Rate of the first epoch of prompt training, and its momentum and weight decay, as published.
@@ -46,6 +48,35 @@ class Adapted(NamedTuple):
 
     tower: Clip
     text: Callable[[Sequence[str]], torch.Tensor]
+
+
+class Recipe(NamedTuple):
+    """What an adapted model is made of, besides the settings, the CLIP and the images of ``study``.
+
+    ``method``: one of ``METHODS``, ``UNTRAINED``, or "zero-shot", which is CLIP as it is. ``seed``: of the shots, the
+    start and the order. ``classes``: the shots are of the "base" half of the task's classes, or of "all".
+    """
+
+    study: Study
+    task: str
+    method: str
+    seed: int = 0
+    classes: str = "base"
+
+    @property
+    def train(self) -> Images:
+        """The images that shots are drawn from."""
+        return self.study.images(self.task, "train")
+
+    @property
+    def settings(self) -> MethodSettings:
+        """The profile's section of the method."""
+        return getattr(self.study.profile, self.method.replace(" ", "_").replace("-", "_"))
+
+    def shots(self) -> Subset:
+        """The images that are learned from."""
+        classes = range(len(self.train.class_names)) if self.classes == "all" else halves(self.train)[self.classes]
+        return few_shots(self.train, classes, self.study.profile.adaptation.shots, self.seed)
 
 
 def halves(ds) -> dict[str, range]:
@@ -68,73 +99,69 @@ def few_shots(ds, classes: range, shots: int, seed: int) -> Subset:
     return Subset(ds, classes, [row for rows in drawn for row in rows])
 
 
-def unadapted(profile: Profile, clip: Clip, task: str) -> Adapted:
+def unadapted(study: Study, task: str) -> Adapted:
     """CLIP as it is, classes in the task's own wording."""
-    return Adapted(clip, lambda names: class_prototypes(clip, names, [own_template(profile, task)]))
+    return Adapted(study.clip, lambda names: class_prototypes(study.clip, names, [own_template(study.profile, task)]))
 
 
-def adapt(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base",
-          title: str = "") -> Adapted:
-    """Train one method on the few shots of a task's training split ``ds``: of the base half, or of "all" classes."""
-    if method not in METHODS:
-        raise ValueError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
-    classes = range(len(ds.class_names)) if part == "all" else halves(ds)[part]
-    shots = few_shots(ds, classes, profile.adaptation.shots, seed)
-    if method in ("maple", "coop"):
-        start = new_prompts(profile, clip, shots.class_names, method, seed)
-        return as_adapted(train_prompts(profile, start, shots, method, seed, title))
-    if method == "linear probe":
-        return _linear_probe(profile, clip, task, shots)
-    return _tuned(profile, clip, task, shots, method, seed, title)
+def adapt(recipe: Recipe) -> Adapted:
+    """Train one method on the few shots of its task."""
+    if recipe.method not in METHODS:
+        raise ValueError(f"There is no method {recipe.method!r}; choose one of {', '.join(METHODS)}.")
+    if recipe.method == "linear probe":
+        return _linear_probe(recipe)
+    return as_adapted(train_prompts(recipe)) if recipe.method in ("maple", "coop") else _tuned(recipe)
 
 
-@functools.lru_cache(maxsize=16)
-def _fingerprint(model_or_data) -> str:
-    """Its hash, computed once: that of a ViT-B/16 takes a second, that of ImageNet's files several."""
-    return model_or_data.fingerprint()
+def adaptation_key(recipe: Recipe) -> str:
+    """What an adapted model is kept under: everything that decides it."""
+    shared = dataclasses.asdict(recipe.study.profile.adaptation)
+    for undecided in ("tasks", "seeds", "images"):
+        del shared[undecided]
+    trained = recipe.method not in ("linear probe", "zero-shot", UNTRAINED)
+    return result_key(VERSION, clip=fingerprint(recipe.study.clip), images=fingerprint(recipe.train), task=recipe.task,
+                      method=recipe.method, seed=recipe.seed, classes=recipe.classes, adaptation=shared,
+                      settings=dataclasses.asdict(recipe.settings) if trained else {})
 
 
-def adaptation_key(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base") -> str:
-    """Hash of everything that decides an adapted model."""
-    left_out = ("tasks", "seeds", "images")
-    shared = {k: v for k, v in dataclasses.asdict(profile.adaptation).items() if k not in left_out}
-    untuned = method in ("linear probe", "zero-shot", UNTRAINED)
-    own = {} if untuned else dataclasses.asdict(method_settings(profile, method))
-    key = [_fingerprint(clip), _fingerprint(ds), task, method, seed, part, shared, own]
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+def kept_folder(recipe: Recipe) -> Path | None:
+    """Where an adapted model is that was committed or trained before, if it was."""
+    profile, key = recipe.study.profile, adaptation_key(recipe)
+    files = [folder / "adapted" / key / f"{what}.safetensors" for folder in (profile.data_dir, profile.run_dir)
+             for what in ("prompts", "tower")]
+    return next((file.parent for file in files if file.is_file()), None)
 
 
-def adapted_model(profile: Profile, clip: Clip, task: str, method: str, seed: int, ds, part: str = "base",
-                  title: str = "") -> Adapted:
-    """The adapted model of the profile's settings: committed or trained before, else trained now and kept.
+def adapted_model(recipe: Recipe) -> Adapted:
+    """The adapted model: committed or trained before, else trained now and kept in the run folder.
 
-    Prompts are kept as prompts, the methods that change weights as the image tower's weights. ``method`` may also be
-    ``UNTRAINED``.
+    Prompts are kept as prompts, the methods that change weights as the image tower's weights. What takes no time (CLIP
+    as it is, untrained prompts, the linear probe) is made again.
     """
-    if method == UNTRAINED:
-        return as_adapted(new_prompts(profile, clip, ds.class_names, "maple", seed))
-    if method == "linear probe":
-        return adapt(profile, clip, task, method, seed, ds, part)
-    key = adaptation_key(profile, clip, task, method, seed, ds, part)
-    for folder in (profile.data_dir / "adapted" / key, kept := profile.run_dir / "adapted" / key):
-        if (folder / "prompts.safetensors").is_file():
-            return as_adapted(MaPLe.load(folder, clip, ds.class_names))
-        if (folder / "tower.safetensors").is_file():
-            tower = _with_tower(clip, load_tensors(folder / "tower.safetensors"))
-            return Adapted(tower, unadapted(profile, clip, task).text)
-    found = adapt(profile, clip, task, method, seed, ds, part, title)
-    if isinstance(found.tower, MaPLe):
-        found.tower.save(kept)
-    else:
-        save_tensors(kept / "tower.safetensors", found.tower.model.vision_model.state_dict())
-    return found
+    study, plain = recipe.study, unadapted(recipe.study, recipe.task)
+    if recipe.method == "zero-shot":
+        return plain
+    if recipe.method == UNTRAINED:
+        return as_adapted(new_prompts(recipe._replace(method="maple"), recipe.train.class_names))
+    if recipe.method == "linear probe":
+        return adapt(recipe)
+    if (folder := kept_folder(recipe)) is None:
+        model, folder = adapt(recipe), study.profile.run_dir / "adapted" / adaptation_key(recipe)
+        if isinstance(model.tower, MaPLe):
+            model.tower.save(folder)
+        else:
+            save_tensors(folder / "tower.safetensors", model.tower.model.vision_model.state_dict())
+        return model
+    if (folder / "prompts.safetensors").is_file():
+        return as_adapted(MaPLe.load(folder, study.clip, recipe.train.class_names))
+    tower = _copied(study.clip)
+    tower.model.vision_model.load_state_dict(load_tensors(folder / "tower.safetensors"))
+    return Adapted(tower, plain.text)
 
 
-def _with_tower(clip: Clip, weights: dict[str, torch.Tensor]) -> Clip:
-    """The CLIP with other weights in its image tower."""
-    model = copy.deepcopy(clip.model)
-    model.vision_model.load_state_dict(weights)
-    return Clip(model, clip.tokenizer, clip.processor)
+def _copied(clip: Clip) -> Clip:
+    """The CLIP with weights of its own."""
+    return Clip(copy.deepcopy(clip.model), clip.tokenizer, clip.processor)
 
 
 def as_adapted(model: MaPLe) -> Adapted:
@@ -142,82 +169,74 @@ def as_adapted(model: MaPLe) -> Adapted:
     return Adapted(model, lambda names: model.for_classes(names).text_features())
 
 
-def new_prompts(profile: Profile, clip: Clip, class_names, method: str, seed: int) -> MaPLe:
+def new_prompts(recipe: Recipe, class_names: Sequence[str]) -> MaPLe:
     """Untrained prompts of MaPLe or CoOp, as the profile has them."""
-    s = profile.adaptation
-    n, depth = (s.n_prompts, s.depth) if method == "maple" else (COOP_WORDS, 1)
-    return new_maple(clip, class_names, n, depth, method == "maple", seed)
+    s, deep = recipe.study.profile.adaptation, recipe.method == "maple"
+    n, depth = (s.n_prompts, s.depth) if deep else (COOP_WORDS, 1)
+    return new_maple(recipe.study.clip, class_names, n, depth, deep, recipe.seed)
 
 
 # Training -----------------------------------------------------------------------------------------------
 
-def train_prompts(profile: Profile, model: MaPLe, shots, method: str, seed: int, title: str = "") -> MaPLe:
+def train_prompts(recipe: Recipe) -> MaPLe:
     """Learn prompts by SGD, one rate per epoch: a constant first one, then a cosine (CoOp, MaPLe)."""
-    s = method_settings(profile, method)
+    shots, s = recipe.shots(), recipe.settings
+    model = new_prompts(recipe, shots.class_names)
     optimizer = torch.optim.SGD(model.prompts.parameters(), WARM_UP_RATE, MOMENTUM, weight_decay=DECAY)
-
-    def loss(embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model.logits(embeddings, model.text(model.token_ids)), labels)
-
     rates = [WARM_UP_RATE, *_cosine(s.learning_rate, s.epochs_of(len(shots)))[:-1]]
-    _train(profile.adaptation, s, model, shots, optimizer, rates, loss, seed, title, fixed=method == "coop")
+    _train(recipe, model, shots, optimizer, rates, lambda: model.text(model.token_ids))
     return model
 
 
-def _tuned(profile: Profile, clip: Clip, task: str, shots, method: str, seed: int, title: str) -> Adapted:
+def _tuned(recipe: Recipe) -> Adapted:
     """LoRA, or all weights of the image tower, by AdamW; text features stay those of CLIP."""
-    torch.manual_seed(seed)
-    s, tower = method_settings(profile, method), Clip(copy.deepcopy(clip.model), clip.tokenizer, clip.processor)
+    torch.manual_seed(recipe.seed)
+    shots, s, tower = recipe.shots(), recipe.settings, _copied(recipe.study.clip)
     model = tower.model
-    if method == "lora":  # puts its layers into the tower, and lets them alone have gradients
+    if recipe.method == "lora":  # puts its layers into the tower, and lets them alone have gradients
         lora = get_peft_model(model.vision_model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_LAYERS))
     else:
         model.vision_model.requires_grad_(True)
-    text = unadapted(profile, clip, task).text
+    text = unadapted(recipe.study, recipe.task).text
     features = text(shots.class_names)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
-    _train(profile.adaptation, s, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs_of(len(shots))),
-           lambda embeddings, labels: F.cross_entropy(tower.logits(embeddings, features), labels), seed, title)
-    if method == "lora":
+    _train(recipe, tower, shots, optimizer, _cosine(s.learning_rate, s.epochs_of(len(shots))), lambda: features)
+    if recipe.method == "lora":
         model.vision_model = lora.merge_and_unload()
-    return Adapted(Clip(model, clip.tokenizer, clip.processor), text)
+    return Adapted(Clip(model, tower.tokenizer, tower.processor), text)
 
 
-def _linear_probe(profile: Profile, clip: Clip, task: str, shots) -> Adapted:
+def _linear_probe(recipe: Recipe) -> Adapted:
     """Logistic regression on the image embeddings; classes it was not trained on keep CLIP's text features."""
-    zero_shot = unadapted(profile, clip, task).text
+    (clip, zero_shot), shots = unadapted(recipe.study, recipe.task), recipe.shots()
     embeddings = F.normalize(image_embeddings(clip, shots), dim=-1)
     labels = torch.as_tensor(shots.labels, device=clip.device)
-    weights = linear_weights(embeddings * clip.logit_scale, labels, len(shots.class_names), PENALTY)
+    weights = logistic_weights(embeddings * clip.logit_scale, labels, PENALTY).T
     known = dict(zip(shots.class_names, weights))
     return Adapted(clip, lambda names: torch.stack(
         [known[name] if name in known else feature for name, feature in zip(names, zero_shot(names))]))
 
 
-@torch.no_grad()
-def image_embeddings(clip: Clip, ds, batch_images: int = 64, layer: int = -2) -> torch.Tensor:
-    """Image embeddings of a data set: ``[N,P]``, not normalised."""
-    parts = np.array_split(np.arange(len(ds)), -(-len(ds) // batch_images))
-    return torch.cat([clip.above(clip.below(load_pixels(clip, ds, part).pixels, layer), layer) for part in parts])
-
-
-def _train(shared: AdaptationSettings, s: MethodSettings, tower: Clip, shots, optimizer, rates: Sequence[float],
-           loss_of, seed: int, title: str, fixed: bool = False) -> None:
-    """Train for one epoch per rate. ``fixed``: the tower does not change, so that it runs once per image."""
-    rng, labels = np.random.default_rng(seed), torch.as_tensor(shots.labels, device=tower.device)
-    kept = image_embeddings(tower, shots) if fixed and not shared.augment else None
-    pixels = None if shared.augment or fixed else load_pixels(tower, shots, range(len(shots))).pixels
-    for rate in tqdm(rates, desc=title, disable=not title, mininterval=1):
+def _train(recipe: Recipe, tower: Clip, shots: Subset, optimizer, rates: Sequence[float],
+           text_features: Callable[[], torch.Tensor]) -> None:
+    """Train for one epoch per rate; of CoOp the tower does not change, so that it runs once per image."""
+    augment, fixed = recipe.study.profile.adaptation.augment, recipe.method == "coop"
+    rng, labels = np.random.default_rng(recipe.seed), torch.as_tensor(shots.labels, device=tower.device)
+    kept = image_embeddings(tower, shots) if fixed and not augment else None
+    pixels = None if augment or fixed else load_pixels(tower, shots, range(len(shots))).pixels
+    for rate in tqdm(rates, desc=f"{recipe.method} on {recipe.task}, seed {recipe.seed}", mininterval=1):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        for rows in _batches(len(shots), s.batch_images, rng):
+        for rows in _batches(len(shots), recipe.settings.batch_images, rng):
             with torch.autocast(tower.device.type, torch.bfloat16, enabled=tower.device.type == "cuda"):
                 if kept is not None:
                     embeddings = kept[rows]
                 else:
                     batch = augmented(tower, shots, rows, rng) if pixels is None else pixels[rows]
                     embeddings = tower.above(tower.below(batch, -2), -2)
-                loss = loss_of(embeddings.float(), labels[rows])
+                text = text_features()
+            # Logits of 16 to 32 lie 0.125 apart in bfloat16.
+            loss = F.cross_entropy(tower.logits(embeddings.float(), text.float()), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -253,8 +272,3 @@ def _crop(width: int, height: int, rng) -> tuple[float, float, float, float]:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return left, top, left + w, top + h
     return 0, 0, width, height
-
-
-def method_settings(profile: Profile, method: str) -> MethodSettings:
-    """The profile's section of a method."""
-    return getattr(profile, method.replace(" ", "_").replace("-", "_"))

@@ -5,25 +5,20 @@ the one trained on plain CLIP, the images are the same, and so are the tokens: p
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, pearsonr, spearmanr, t
+from scipy.stats import pearsonr, spearmanr, t
 
 from patchsae.ablation import descending, topk_masking
 from patchsae.sae import SparseAutoencoder
-from patchsae.studies.adapt import Adapted, image_embeddings
-from patchsae.studies.intervals import accuracy_table, bootstrap
+from patchsae.studies.adapt import Adapted
+from patchsae.studies.intervals import accuracy_table, mean_interval, wilson_interval
+from patchsae.world.probes import image_embeddings
 
 SIDES = ("clip", "adapted")
-
-
-def interval(hits: np.ndarray) -> dict[str, float]:
-    """Accuracy of ``hits [N]`` with its 95 % Wilson interval."""
-    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return {"n": len(hits), "accuracy": float(np.mean(hits)), "low": found.low, "high": found.high}
 
 
 @torch.no_grad()
@@ -44,7 +39,7 @@ def swap_hits(before: Adapted, after: Adapted, ds,
 
 def swap_table(before: Adapted, after: Adapted, ds, known: torch.Tensor | None = None) -> pd.DataFrame:
     """``swap_hits`` as accuracies: columns image, text, n, accuracy, low, high."""
-    return pd.DataFrame([{"image": image, "text": words} | interval(hits)
+    return pd.DataFrame([{"image": image, "text": words} | wilson_interval(hits)
                          for (image, words), hits in swap_hits(before, after, ds, known).items()])
 
 
@@ -133,7 +128,7 @@ def group_sizes(before: torch.Tensor, after: torch.Tensor, uppers: Sequence[int]
         if upper <= lower < before.shape[1]:
             for name, members in groups(before, after, upper, lower).items():
                 sizes = members.sum(1, keepdim=True).double().numpy()
-                low, high = bootstrap(sizes)
+                low, high = mean_interval(sizes)
                 rows.append((upper, lower, name, sizes.mean(), low[0], high[0]))
     return pd.DataFrame(rows, columns=["upper", "lower", "group", "mean", "low", "high"])
 
@@ -145,16 +140,16 @@ def correlations(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
             "spearman": spearmanr(x, y).statistic}
 
 
-def masking_grid(before: Adapted, after: Adapted, sae: SparseAutoencoder, counts: dict[str, torch.Tensor], ds,
+def masking_grid(models: Mapping[str, Adapted], sae: SparseAutoencoder, counts: Mapping[str, torch.Tensor], ds,
                  layer: int, ks: Sequence[int], batch_images: int = 64) -> pd.DataFrame:
     """Fig. 5c, 15, 16: masking with latents selected by the one model's counts and images classified by the other.
 
-    ``counts``: side ("clip", "adapted") -> class counts ``[C,S]`` of the classes of ``ds`` on training images.
-    Columns selects, classifies, mode, k, accuracy, low, high.
+    ``models``: side ("clip", "adapted") -> model; ``counts``: side -> class counts ``[C,S]`` of the classes of ``ds``
+    on training images. Columns selects, classifies, mode, k, accuracy, low, high.
     """
     tables = []
-    for selects, (classifies, model) in itertools.product(SIDES, zip(SIDES, (before, after))):
-        ranking = torch.stack([descending(row) for row in counts[selects]])
+    for selects, classifies in itertools.product(SIDES, SIDES):
+        ranking, model = torch.stack([descending(row) for row in counts[selects]]), models[classifies]
         images = topk_masking(model.tower, sae, ds, None, model.text(ds.class_names), layer, ks, ranking=ranking,
                               per_image="predictions", batch_images=batch_images)
         tables.append(accuracy_table(images, draws=500).assign(selects=selects, classifies=classifies))

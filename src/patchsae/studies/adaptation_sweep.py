@@ -1,175 +1,194 @@
 """Tables of adaptation over tasks, methods and seeds, made once by ``make mini-artifacts`` and read by notebook 06.
 
-A group of rows that is in its table already, under the same key, is not computed again, and adapted models are kept
-under their settings: an interrupted run goes on where it stopped.
+Adapted models are kept under what decides them, and rows that are in their table are not computed again: an
+interrupted run goes on where it stopped.
 """
 
 import functools
 import itertools
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from patchsae.activations import kept_pixels
-from patchsae.clip import Clip, load_clip
-from patchsae.config import Profile, device
-from patchsae.data.datasets import Subset, open_dataset
+from patchsae.data.datasets import Subset
+from patchsae.data.images import Images
 from patchsae.sae import SparseAutoencoder
-from patchsae.studies.adapt import (
-    METHODS,
-    UNTRAINED,
-    adaptation_key,
-    adapted_model,
-    halves,
-    image_embeddings,
-    unadapted,
-)
-from patchsae.studies.adaptation import correlations, group_sizes, interval, swap_table
+from patchsae.studies.adapt import METHODS, UNTRAINED, Recipe, adaptation_key, adapted_model, halves, unadapted
+from patchsae.studies.adaptation import correlations, group_sizes, swap_table
 from patchsae.studies.fidelity import measure
-from patchsae.studies.remapping import concept_readout, image_latents, readout
-from patchsae.studies.study import committed_folder, trained_sae
-from patchsae.weights.files import write_atomically
-from patchsae.world.probes import PROBED
+from patchsae.studies.intervals import wilson_interval
+from patchsae.studies.recovery import read_split
+from patchsae.studies.remapping import PENALTY, concept_readout, image_latents
+from patchsae.studies.study import Study, committed_folder, fingerprint
+from patchsae.studies.tables import Group, fill, noted, read, remedy
+from patchsae.weights.files import result_key
+from patchsae.world.probes import PROBED, fit_readout, image_embeddings
 
 #: Methods whose adapted models are committed, because they are small.
 KEPT = ("maple", "coop")
 #: Ranks that end "high" and begin "low" in the tables.
 UPPER, LOWER = 10, 100
 FIDELITY = ["mse", "l0", "dead", "ev_patch", "ev_cls", "accuracy_original", "accuracy_spliced"]
-
-
-def table_path(profile: Profile, name: str) -> Path:
-    """Where a table of this room is committed."""
-    return profile.data_dir / "adapted" / f"{name}.csv"
+#: Scenes of each split whose patches concepts are read from.
+CONCEPT_IMAGES = 256
+#: Raised when measuring gives other numbers from the same settings.
+VERSION = 1
+#: What a group of rows of each table of the mini profile takes on two cores.
+MINUTES = {"accuracy": 0.4, "transfer": 0.5, "latents": 0.4, "concepts": 0.3}
 
 
 @functools.lru_cache(maxsize=4)
-def images(profile: Profile, clip: Clip, task: str, split: str):
+def images(study: Study, task: str, split: str) -> Images:
     """The images of a split that everything here is measured on, read once."""
-    ds = open_dataset(profile, task, split)
+    ds = study.images(task, split)
     if split == "train":
-        ds = Subset(ds, range(len(ds.class_names)), range(min(len(ds), profile.adaptation.images)))
-    return kept_pixels(clip, ds)
+        ds = Subset(ds, range(len(ds.class_names)), range(min(len(ds), study.profile.adaptation.images)))
+    return kept_pixels(study.clip, ds)
 
 
 @functools.lru_cache(maxsize=64)
-def clip_embeddings(profile: Profile, clip: Clip, task: str, classes: range) -> torch.Tensor:
+def clip_embeddings(study: Study, task: str, classes: range) -> torch.Tensor:
     """Embeddings of the unadapted tower on the test images of some classes, ``[N,P]``: every method is held to them."""
-    return image_embeddings(clip, Subset(images(profile, clip, task, "test"), classes))
+    return image_embeddings(study.clip, Subset(images(study, task, "test"), classes))
 
 
-def model_of(profile: Profile, clip: Clip, task: str, method: str, seed: int, part: str = "base"):
-    """An adapted model; method "zero-shot" is CLIP as it is."""
-    if method == "zero-shot":
-        return unadapted(profile, clip, task)
-    return adapted_model(profile, clip, task, method, seed, open_dataset(profile, task, "train"), part,
-                         f"{method} on {task}, seed {seed}")
+@functools.lru_cache(maxsize=4)
+def clip_counts(study: Study, task: str, classes: range) -> torch.Tensor:
+    """Class counts of the unadapted tower on training images."""
+    seen, p = Subset(images(study, task, "train"), classes), study.profile
+    return image_latents(study.clip, study.sae, seen, study.layer, p.latents.tau, p.data.batch_images)[1]
 
 
-def accuracy_rows(profile: Profile, clip: Clip, task: str, method: str, seed: int) -> pd.DataFrame:
+# Rows ---------------------------------------------------------------------------------------------------
+
+def accuracy_rows(recipe: Recipe) -> pd.DataFrame:
     """Accuracy on both halves of a task's test split, with the image tower and the text features of CLIP and of the
     adapted model in every combination: half, image, text, n, accuracy, low, high."""
-    test, after = images(profile, clip, task, "test"), model_of(profile, clip, task, method, seed)
-    return pd.concat([swap_table(unadapted(profile, clip, task), after, Subset(test, classes),
-                                 clip_embeddings(profile, clip, task, classes)).assign(half=half)
+    study, task, after = recipe.study, recipe.task, adapted_model(recipe)
+    test = images(study, task, "test")
+    return pd.concat([swap_table(unadapted(study, task), after, Subset(test, classes),
+                                 clip_embeddings(study, task, classes)).assign(half=half)
                       for half, classes in halves(test).items()])
 
 
-def transfer_rows(profile: Profile, clip: Clip, task: str, method: str, seed: int) -> pd.DataFrame:
-    """Trained on all classes of ``task``, tested on all classes of every task: the cross-data-set and domain-shift
+def transfer_rows(recipe: Recipe) -> pd.DataFrame:
+    """Trained on all classes of a task, tested on all classes of every task: the cross-data-set and domain-shift
     protocols. Columns target, image, text, n, accuracy, low, high."""
-    after, rows = model_of(profile, clip, task, method, seed, "all"), []
-    for target in profile.adaptation.tasks:
-        test = images(profile, clip, target, "test")
-        known = clip_embeddings(profile, clip, target, range(len(test.class_names)))
-        table = swap_table(unadapted(profile, clip, target), after, test, known)
+    study, after, rows = recipe.study, adapted_model(recipe), []
+    for target in study.profile.adaptation.tasks:
+        test = images(study, target, "test")
+        known = clip_embeddings(study, target, range(len(test.class_names)))
+        table = swap_table(unadapted(study, target), after, test, known)
         rows.append(table[table["image"] == table["text"]].assign(target=target))
     return pd.concat(rows)
 
 
-@functools.lru_cache(maxsize=4)
-def clip_counts(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, classes: range) -> torch.Tensor:
-    """Class counts of the unadapted tower on training images."""
-    seen = Subset(images(profile, clip, task, "train"), classes)
-    return image_latents(clip, sae, seen, profile.model.layer, profile.latents.tau, profile.data.batch_images)[1]
-
-
-def latent_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
-                seed: int) -> pd.DataFrame:
+def latent_rows(recipe: Recipe) -> pd.DataFrame:
     """What the latents of CLIP's autoencoder say in an adapted tower: one row per half.
 
     readable, low, high: accuracy of a linear readout of the classes, fitted to training and scored on test images;
     what ``fidelity.measure`` gives on the first test images; correlations of data-set-level activations with CLIP's;
-    latents per class in each group (ranks 10 and 100).
+    latents per class in each group (ranks 10 and 100), ``group high`` and so on.
     """
-    after, layer, tau = model_of(profile, clip, task, method, seed), profile.model.layer, profile.latents.tau
-    n = profile.data.batch_images
-    train, test, rows = *(images(profile, clip, task, split) for split in ("train", "test")), []
+    study, after = recipe.study, adapted_model(recipe)
+    sae, layer, tau, n = study.sae, study.layer, study.profile.latents.tau, study.profile.data.batch_images
+    train, test = (images(study, recipe.task, split) for split in ("train", "test"))
+    rows = []
     for half, classes in halves(test).items():
         seen, unseen = Subset(train, classes), Subset(test, classes)
         few = Subset(test, classes, range(len(test) // 2))
         (x, counts), (x_test, _) = (image_latents(after.tower, sae, ds, layer, tau, n) for ds in (seen, unseen))
-        before = clip_counts(profile, clip, sae, task, classes)
-        found = interval(readout(x, seen.labels, x_test).argmax(1).cpu().numpy() == unseen.labels)
-        sizes = group_sizes(before, counts, [UPPER], [LOWER]).set_index("group")["mean"]
+        before = clip_counts(study, recipe.task, classes)
+        read_out = fit_readout(x, torch.from_numpy(seen.labels).to(x.device), PENALTY)
+        told = wilson_interval(read_out(x_test).argmax(1).cpu().numpy() == unseen.labels)
+        sizes = group_sizes(before, counts, [UPPER], [LOWER])
         quality = measure(after.tower, sae, few, after.text(few.class_names), layer, batch_images=n)[FIDELITY]
-        rows.append({"half": half, "readable": found["accuracy"], "low": found["low"], "high": found["high"]}
-                    | quality.to_dict() | correlations(before.sum(0), counts.sum(0)) | sizes.to_dict())
+        rows.append({"half": half, "readable": told["accuracy"], "low": told["low"], "high": told["high"]}
+                    | quality.to_dict() | correlations(before.sum(0), counts.sum(0))
+                    | {f"group {name}": size for name, size in zip(sizes["group"], sizes["mean"])})
     return pd.DataFrame(rows)
 
 
-def concept_rows(profile: Profile, clip: Clip, sae: SparseAutoencoder, task: str, method: str,
-                 seed: int) -> pd.DataFrame:
+def concept_rows(recipe: Recipe) -> pd.DataFrame:
     """How well every ground-truth concept of the profile's own task is read from single patches in a tower that was
-    adapted to ``task``: kind, concept, ap, share. Empty where images have no ground truth."""
-    splits = [open_dataset(profile, profile.data.task, split) for split in ("train", "test")]
-    if not all(ds.concepts for ds in splits):
-        return pd.DataFrame(columns=["kind", "concept", "ap", "share"])
-    tower = model_of(profile, clip, task, method, seed).tower
-    return concept_readout(tower, sae, *splits, profile.model.layer, PROBED, n_images=256)
+    adapted to a task: kind, concept, ap, share."""
+    study, tower = recipe.study, adapted_model(recipe).tower
+    splits = [read_split(tower, ds, study.layer, CONCEPT_IMAGES) for ds in (study.train, study.test)]
+    return concept_readout(study.sae, *splits, PROBED)
 
 
-def filled_table(profile: Profile, clip: Clip, name: str, wanted: list[tuple], rows_of: Callable,
-                 read_with: str = "") -> pd.DataFrame:
-    """A committed table, with the groups (task, method, seed) it lacks computed and added.
+# Tables -------------------------------------------------------------------------------------------------
 
-    ``read_with``: fingerprint of the autoencoder that rows depend on; it becomes part of their keys.
+ROWS = {"accuracy": accuracy_rows, "transfer": transfer_rows, "latents": latent_rows, "concepts": concept_rows}
+
+
+def recipes(study: Study) -> dict[str, list[Recipe]]:
+    """Table -> the adapted models whose rows it has."""
+    s, own = study.profile.adaptation, study.profile.data.task
+
+    def each(methods, tasks=s.tasks, seeds=s.seeds, classes="base"):
+        return [Recipe(study, *which, classes) for which in itertools.product(tasks, methods, seeds)]
+
+    plain, once = each(["zero-shot"], seeds=[0]), s.seeds[:1]
+    return {"accuracy": each([*METHODS, UNTRAINED]), "transfer": each(KEPT, [own], classes="all"),
+            "latents": plain + each(["maple"]) + each([UNTRAINED, "lora", "fine-tuning"], seeds=once),
+            "concepts": plain[:1] + each(["maple"]) + each([UNTRAINED], seeds=once) if study.train.concepts else []}
+
+
+def few_recipes(study: Study) -> dict[str, list[Recipe]]:
+    """The same for what a notebook computes where nothing is committed: one task, one seed, MaPLe and its start."""
+    s, own = study.profile.adaptation, study.profile.data.task
+    task, seed = own if own in s.tasks else s.tasks[0], s.seeds[0]
+    plain, maple = Recipe(study, task, "zero-shot"), Recipe(study, task, "maple", seed)
+    return {"accuracy": [maple], "latents": [plain, maple, Recipe(study, task, UNTRAINED, seed)],
+            "concepts": [plain, maple] if study.train.concepts else []}
+
+
+def tables(study: Study) -> dict[str, pd.DataFrame]:
+    """Every table of adaptation, "accuracy", "transfer", "latents" and "concepts", with the ``attrs`` of ``read``.
+
+    As committed; where nothing is, small ones are computed now, in the run folder. They are empty, and the note says
+    why, where there is no task to adapt to or no text.
     """
-    path = table_path(profile, name)
-    known = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["task", "method", "seed", "key"])
-    done = dict(iter(known.groupby(["task", "method", "seed", "key"])))
-    keyed = {(task, *rest): (task, *rest, adaptation_key(profile, clip, task, *rest, open_dataset(
-        profile, task, "train")) + read_with) for task, *rest in wanted}
-    for group, key in keyed.items():
-        if key not in done:
-            done[key] = rows_of(*group).assign(**dict(zip(("task", "method", "seed", "key"), key)))
-            whole = pd.concat([done[k] for k in keyed.values() if k in done])
-            write_atomically(path, lambda temporary, whole=whole: whole.round(6).to_csv(temporary, index=False))
-            print(f"{name}: {', '.join(map(str, group))}", flush=True)
-    return pd.read_csv(path)
+    p = study.profile
+    if not p.adaptation.tasks or study.clip.tokenizer is None:
+        lacking = "model has no tokenizer" if p.adaptation.tasks else "profile names no task in [adaptation]"
+        note = f"The {lacking}, so that nothing is adapted: left out."
+        return {name: noted(pd.DataFrame(), False, note) for name in ROWS}
+    folder = p.data_dir / "adapted"
+    if not _file(folder, "accuracy").is_file():
+        folder = p.run_dir / "adapted"
+        for name, chosen in few_recipes(study).items():
+            fill([_file(folder, name)], _groups(name, chosen))
+    return {name: read([_file(folder, name)], _groups(name, chosen), remedy(p, len(chosen) * MINUTES[name]))[0]
+            for name, chosen in recipes(study).items()}
 
 
-def tables(profile: Profile, clip: Clip, sae: SparseAutoencoder) -> dict[str, pd.DataFrame]:
-    """Every table of adaptation, "accuracy", "transfer", "latents" and "concepts", as far as needed computed now."""
-    tasks, seeds, own = profile.adaptation.tasks, profile.adaptation.seeds, profile.data.task
-    plain = [(task, "zero-shot", 0) for task in tasks]
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.csv"
 
-    def each(*methods, seeds=seeds):
-        return list(itertools.product(tasks, methods, seeds))
 
-    return {"accuracy": filled_table(profile, clip, "accuracy", each(*METHODS, UNTRAINED),
-                                     functools.partial(accuracy_rows, profile, clip)),
-            "transfer": filled_table(profile, clip, "transfer", list(itertools.product([own], KEPT, seeds)),
-                                     functools.partial(transfer_rows, profile, clip)),
-            "latents": filled_table(profile, clip, "latents",
-                                    plain + each("maple") + each(UNTRAINED, "lora", "fine-tuning", seeds=seeds[:1]),
-                                    functools.partial(latent_rows, profile, clip, sae), sae.fingerprint()),
-            "concepts": filled_table(profile, clip, "concepts",
-                                     plain[:1] + each("maple") + each(UNTRAINED, seeds=seeds[:1]),
-                                     functools.partial(concept_rows, profile, clip, sae), sae.fingerprint())}
+def _groups(name: str, chosen: list[Recipe]) -> list[Group]:
+    return [Group({"task": recipe.task, "method": recipe.method, "seed": recipe.seed}, _key(name, recipe),
+                  functools.partial(_rows, name, recipe)) for recipe in chosen]
+
+
+def _rows(name: str, recipe: Recipe) -> list[pd.DataFrame]:
+    return [ROWS[name](recipe).round(6)]
+
+
+def _key(name: str, recipe: Recipe) -> str:
+    """What decides the rows of an adapted model in a table."""
+    study = recipe.study
+    p, own = study.profile, study.profile.data.task
+    tasks = {"transfer": p.adaptation.tasks, "concepts": (own,)}.get(name, (recipe.task,))
+    read_with = {} if name in ("accuracy", "transfer") else {
+        "autoencoder": fingerprint(study.sae), "layer": study.clip.block(study.layer), "tau": p.latents.tau,
+        "images": min(p.adaptation.images, len(recipe.train))}
+    return result_key(VERSION, table=name, model=adaptation_key(recipe), **read_with,
+                      tests=[fingerprint(study.images(task, "test")) for task in tasks])
 
 
 def farthest_task(latents: pd.DataFrame, seed: int) -> str:
@@ -178,25 +197,29 @@ def farthest_task(latents: pd.DataFrame, seed: int) -> str:
     return rows.loc[rows["pearson_log"].idxmin(), "task"]
 
 
-def sae_of_the_adapted(profile: Profile, clip: Clip, task: str) -> SparseAutoencoder:
-    """The autoencoder of the profile's settings and images, trained on the tower that MaPLe adapted to ``task``."""
-    tower = model_of(profile, clip, task, "maple", profile.adaptation.seeds[0]).tower
-    return trained_sae(profile, tower, open_dataset(profile, profile.data.task, "train"))
+def sae_of_the_adapted(study: Study, task: str) -> SparseAutoencoder | None:
+    """The autoencoder of the profile's settings and images, trained on the tower that MaPLe adapted to ``task``; None
+    where weights are given, which are the same for every tower."""
+    return None if study.profile.sae.weights else _of_the_adapted(study, task).sae
 
 
-def commit(profile: Profile, clip: Clip) -> None:
-    """Copy the small adapted models to the committed data."""
-    for task, method, seed in itertools.product(profile.adaptation.tasks, KEPT, profile.adaptation.seeds):
-        key = adaptation_key(profile, clip, task, method, seed, open_dataset(profile, task, "train"))
-        if (folder := profile.run_dir / "adapted" / key).is_dir():
-            shutil.copytree(folder, profile.data_dir / "adapted" / key, dirs_exist_ok=True)
+def _of_the_adapted(study: Study, task: str) -> Study:
+    tower = adapted_model(Recipe(study, task, "maple", study.profile.adaptation.seeds[0])).tower
+    return study.variant(study.profile, tower)
 
 
-def run(profile: Profile) -> None:
+def run(study: Study) -> None:
     """Make every table, and keep the adapted models that notebooks look into."""
-    clip = load_clip(profile.model.name, device())
-    made = tables(profile, clip, trained_sae(profile, clip, open_dataset(profile, profile.data.task, "train")))
-    commit(profile, clip)
-    far = farthest_task(made["latents"], profile.adaptation.seeds[0])
-    folder = committed_folder(profile, model_of(profile, clip, far, "maple", profile.adaptation.seeds[0]).tower)
-    sae_of_the_adapted(profile, clip, far).save_pretrained(folder)
+    p, folder = study.profile, study.profile.data_dir / "adapted"
+    if not p.adaptation.tasks or study.clip.tokenizer is None:
+        return
+    for name, chosen in recipes(study).items():
+        fill([_file(folder, name)], _groups(name, chosen))
+    for recipe in recipes(study)["accuracy"]:
+        target = folder / adaptation_key(recipe)
+        if recipe.method in KEPT and not (target / "prompts.safetensors").is_file():
+            adapted_model(recipe).tower.save(target)
+    if not p.sae.weights:
+        far = farthest_task(pd.read_csv(_file(folder, "latents")), p.adaptation.seeds[0])
+        other = _of_the_adapted(study, far)
+        other.sae.save_pretrained(committed_folder(p, other.clip))

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 
-from patchsae.activations import token_batches, training_rows, training_tokens
+from patchsae.activations import pixel_batches, token_batches, training_rows
 from patchsae.clip import Clip
-from patchsae.config import Profile
+from patchsae.data.datasets import Subset
 from patchsae.studies.recovery import Directions, Split, latent_directions
+from patchsae.studies.study import Study
 from patchsae.train import Training, new_sae
+from patchsae.world.probes import fit_readout
 
 #: Tokens that k-means and the principal components are computed from, and images that are shuffled, at most.
 MOST_TOKENS, MOST_IMAGES = 2**17, 4096
@@ -29,6 +31,11 @@ def _some(split: Split, seed: int) -> torch.Tensor:
     return split.patches[torch.from_numpy(order[:MOST_TOKENS])]
 
 
+def _first(ds, n: int) -> Subset:
+    """The first images of a data set."""
+    return Subset(ds, range(len(ds.class_names)), range(min(n, len(ds))))
+
+
 def neurons(split: Split) -> Directions:
     """The D coordinates of the residual stream, high and low: 2D candidates; or of what else the split holds as z."""
     mean = split.patches.mean(0)
@@ -38,12 +45,13 @@ def neurons(split: Split) -> Directions:
 @torch.no_grad()
 def hidden_neurons(clip: Clip, ds, layer: int, split: Split) -> Split:
     """The split with the hidden neurons of block ``layer``'s perceptron in the place of its residual stream."""
-    block, some = clip.blocks[clip.block(layer)], torch.utils.data.Subset(ds, range(len(split.z)))
-    parts = []
-    for batch in token_batches(clip, some, clip.block(layer) - 1):
-        x = batch.z + block.self_attn(block.layer_norm1(batch.z))[0]
-        parts.append(block.mlp.activation_fn(block.mlp.fc1(block.layer_norm2(x))).cpu())
-    return split._replace(z=torch.cat(parts))
+    i, hidden = clip.block(layer), []
+    block = clip.blocks[i]
+    for batch in pixel_batches(clip, _first(ds, len(split.z))):
+        z = clip.below(batch.pixels, i - 1) if i else clip.embed(batch.pixels)
+        z = z + block.self_attn(block.layer_norm1(z))[0]
+        hidden.append(block.mlp.activation_fn(block.mlp.fc1(block.layer_norm2(z))).cpu())
+    return split._replace(z=torch.cat(hidden))
 
 
 def principal_components(split: Split, seed: int) -> Directions:
@@ -68,44 +76,33 @@ def clusters(split: Split, n: int, seed: int) -> Directions:
     return Directions(mean, weight, torch.zeros(n), sparse=False, unit=True)
 
 
-def random_autoencoder(profile: Profile, clip: Clip, ds) -> Directions:
+def random_autoencoder(study: Study) -> Directions:
     """The latents of the autoencoder before training: a sum of random directions, cut at 0."""
-    return latent_directions(new_sae(profile, clip, ds))
+    return latent_directions(new_sae(study.profile, study.clip, study.train))
 
 
-def shuffled_autoencoder(profile: Profile, clip: Clip, ds) -> Directions:
+def shuffled_autoencoder(study: Study) -> Directions:
     """The latents of an autoencoder trained on shuffled patches.
 
     Each coordinate of the tokens is permuted over the tokens of the first ``MOST_IMAGES`` training images on its own,
     which keeps the distribution of every coordinate and leaves nothing of what they are together; then training as
     the profile says.
     """
-    rows, s = np.arange(min(len(ds), MOST_IMAGES)), profile.sae
-    batches = np.array_split(rows, -(-len(rows) // 64))
-    tokens = torch.cat([z.cpu() for z in training_tokens(clip, ds, profile.model.layer).batches(batches)])
-    numbers, flat = torch.Generator().manual_seed(profile.seed), tokens.flatten(0, 1)
+    clip, s, seed = study.clip, study.profile.sae, study.profile.seed
+    first = _first(study.train, MOST_IMAGES)
+    tokens = torch.cat([batch.z[:, :clip.n_tokens].cpu() for batch in token_batches(clip, first, study.layer)])
+    numbers, flat = torch.Generator().manual_seed(seed), tokens.flatten(0, 1)
     order = torch.stack([torch.randperm(len(flat), generator=numbers) for _ in range(flat.shape[1])], 1)
     shuffled = flat.gather(0, order).view_as(tokens)
-    training = Training(new_sae(profile, clip, ds), s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
+    sae = new_sae(study.profile, clip, study.train)
+    training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     for step in range(s.steps):
-        rows = torch.from_numpy(training_rows(len(tokens), step, s.batch_images, profile.seed))
+        rows = torch.from_numpy(training_rows(len(tokens), step, s.batch_images, seed))
         training.step(shuffled[rows].to(clip.device))
     return latent_directions(training.sae)
 
 
-def probe(split: Split, decay: float = 1e-5) -> Directions:
+def probe(split: Split) -> Directions:
     """A supervised ceiling: logistic regression of every concept on single patch tokens, one candidate a concept."""
-    z, y = split.patches, torch.from_numpy(split.positives).float()
-    mean, std = z.mean(0), z.std(0)
-    weight = torch.zeros(z.shape[1] + 1, y.shape[1], requires_grad=True)
-    optimizer, x = torch.optim.LBFGS([weight], max_iter=80, line_search_fn="strong_wolfe"), (z - mean) / std
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x @ weight[:-1] + weight[-1], y, reduction="sum") / len(y)
-        (value + decay * weight[:-1].square().sum()).backward()
-        return value.detach() + decay * weight[:-1].detach().square().sum()
-
-    optimizer.step(loss)
-    found = weight.detach()
-    return Directions(mean, found[:-1] / std[:, None], found[-1], sparse=False)
+    readout = fit_readout(split.patches, torch.from_numpy(split.positives).float(), 1e-5, iterations=80)
+    return Directions(*readout, sparse=False)

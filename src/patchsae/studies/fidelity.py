@@ -35,24 +35,24 @@ class _Sums:
 
 
 @torch.no_grad()
-def measure(clip: Clip, sae: SparseAutoencoder, ds, text_features: torch.Tensor, layer: int, tokens: str = "all",
-            batch_images: int = 64, title: str = "") -> pd.Series:
+def measure(clip: Clip, sae: SparseAutoencoder, ds, text_features: torch.Tensor | None, layer: int,
+            tokens: str = "all", batch_images: int = 64) -> pd.Series:
     """Quality of an autoencoder on a data set, one number each:
 
     mse (the loss's, without lambda), l0, l1 (unweighted), dead (share of latents that never fire here),
     ev_patch and ev_cls (explained variance, centred), and for z as it is, with the autoencoder spliced in, and
     with z set to zero: accuracy_* (zero-shot, from ``text_features [C,P]``) and contrastive_* (CLIP's loss of
-    images and class prompts in batches, same classes being positives). ``tokens="cls"`` replaces the class token
-    alone; an adapted tower's prompt tokens are never replaced.
+    images and class prompts in batches, same classes being positives); NaN without text features.
+    ``tokens="cls"`` replaces the class token alone; an adapted tower's prompt tokens are never replaced.
     """
     sums = _Sums(sae.n_latents, clip.device)
-    for batch in token_batches(clip, ds, layer, batch_images, title):
+    for batch in token_batches(clip, ds, layer, batch_images):
         z = batch.z[:, :1] if tokens == "cls" else batch.z[:, :clip.n_tokens]
         h = sae.encode(z)
         z_hat = sae.decode(h)
         sums.add_tokens(z, z_hat, h)
         edited = {"original": z, "spliced": z_hat, "ablated": torch.zeros_like(z)}
-        for condition in CONDITIONS:
+        for condition in CONDITIONS if text_features is not None else ():
             whole = torch.cat([edited[condition], batch.z[:, z.shape[1]:]], 1)
             _classify(clip, sums, condition, clip.above(whole, layer), batch.labels.to(clip.device), text_features)
     return _summary(sums)
@@ -68,5 +68,7 @@ def _summary(sums: _Sums) -> pd.Series:
     result = {"mse": sums.mse / sums.n_tokens, "l0": sums.l0 / sums.n_tokens, "l1": sums.l1 / sums.n_tokens,
               "dead": 1 - sums.fired.float().mean().item(),
               "ev_patch": sums.patch.explained(), "ev_cls": sums.cls.explained()}
-    result |= {f"accuracy_{c}": torch.cat(sums.hits[c]).float().mean().item() for c in CONDITIONS}
-    return pd.Series(result | {f"contrastive_{c}": float(np.mean(sums.losses[c])) for c in CONDITIONS})
+    result |= {f"accuracy_{c}": torch.cat(hits).float().mean().item() if hits else float("nan")
+               for c, hits in sums.hits.items()}
+    return pd.Series(result | {f"contrastive_{c}": float(np.mean(losses)) if losses else float("nan")
+                               for c, losses in sums.losses.items()})

@@ -12,6 +12,7 @@ from patchsae.activations import load_pixels
 from patchsae.clip import Clip
 from patchsae.latents import LatentStatistics
 from patchsae.sae import SparseAutoencoder
+from patchsae.studies.intervals import bootstrap, mean_interval
 from patchsae.studies.recovery import Directions, Split, image_scores
 from patchsae.studies.scores import PatchTruth, average_precision
 from patchsae.world.scenes import WORLD
@@ -251,9 +252,13 @@ def regression(table: pd.DataFrame, target: str, seed: int = 0, n: int = 1000) -
     x = known[["frequency", "mean_activation", "label_entropy", "label_std"]].to_numpy(float)
     x, y = np.hstack([np.log10(x[:, :2]), x[:, 2:]]), known[target].to_numpy(float)
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
-    rng, fit = np.random.default_rng(seed), lambda rows: np.linalg.lstsq(x[rows], y[rows], rcond=None)[0]
-    coefficients, samples = fit(slice(None)), np.stack([fit(rng.integers(len(x), size=len(x))) for _ in range(n)])
-    low, high = np.quantile(samples, (0.025, 0.975), axis=0)
+
+    def fit(counts):
+        root = np.sqrt(counts)
+        return np.linalg.lstsq(x * root[:, None], y * root, rcond=None)[0]
+
+    coefficients = fit(np.ones(len(x)))
+    low, high = bootstrap(lambda counts: np.apply_along_axis(fit, 1, counts), len(x), n, seed)
     names = ["log10 frequency", "log10 activation", "label entropy", "label deviation"]
     rows = [*zip(names, coefficients, low, high, (x * y[:, None]).mean(0) ** 2),
             ("all", np.nan, np.nan, np.nan, 1 - np.square(y - x @ coefficients).mean())]
@@ -263,9 +268,8 @@ def regression(table: pd.DataFrame, target: str, seed: int = 0, n: int = 1000) -
 def region_means(table: pd.DataFrame, target: str, boxes: Mapping, seed: int = 0, n: int = 1000) -> pd.DataFrame:
     """Mean of a measure over the latents in each region of the scatter (log10 units), with a 95 % interval."""
     x, y, rows = np.log10(table["frequency"]), np.log10(table["mean_activation"]), []
-    rng = np.random.default_rng(seed)
     for name, (x0, x1, y0, y1) in boxes.items():
-        own = table.loc[x.between(x0, x1) & y.between(y0, y1), target].dropna().to_numpy()
-        low, high = np.quantile(rng.choice(own, (n, len(own))).mean(1), (0.025, 0.975)) if len(own) else (np.nan,) * 2
-        rows.append((name, len(own), own.mean() if len(own) else np.nan, low, high))
+        inside = table.loc[x.between(x0, x1) & y.between(y0, y1), [target]].dropna().to_numpy()
+        ends = mean_interval(inside, n, seed) if len(inside) else ([np.nan], [np.nan])
+        rows.append((name, len(inside), inside.mean() if len(inside) else np.nan, *(end[0] for end in ends)))
     return pd.DataFrame(rows, columns=["region", "latents", target, "low", "high"])

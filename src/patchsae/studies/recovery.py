@@ -18,8 +18,10 @@ from scipy.optimize import linear_sum_assignment
 
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
+from patchsae.data.datasets import Subset
 from patchsae.masks import COVERED, concept_list, patch_coverage
 from patchsae.sae import SparseAutoencoder
+from patchsae.studies.intervals import percentiles
 from patchsae.studies.scores import PatchTruth, average_precision, best_threshold, pixel_overlap, pointing_game
 
 #: A concept is recovered at this average precision over held-out patch tokens.
@@ -97,25 +99,25 @@ class Split(NamedTuple):
 def read_split(clip: Clip, ds, layer: int, n: int, batch_images: int = 64) -> Split:
     """Tokens and ground truth, of every kind, of the first ``n`` scenes of a data set."""
     rows, kinds = range(min(n, len(ds))), tuple(ds.concepts)
-    some = torch.utils.data.Subset(ds, rows)
-    z = torch.cat([batch.z[:, :clip.n_tokens].cpu() for batch in token_batches(clip, some, layer, batch_images)])
+    first = Subset(ds, range(len(ds.class_names)), rows)
+    z = torch.cat([batch.z[:, :clip.n_tokens].cpu() for batch in token_batches(clip, first, layer, batch_images)])
     return Split(z, patch_coverage(ds, rows, kinds), concept_list(ds, kinds))
 
 
 def shared_concepts(*splits: Split) -> list[Split]:
     """The splits with the concepts that every one of them shows, in the order of the first."""
     shown = [{c for c, any_ in zip(s.concepts, s.positives.any(0)) if any_} for s in splits]
-    names = [c for c in splits[0].concepts if all(c in own for own in shown)]
+    names = [c for c in splits[0].concepts if all(c in concepts for concepts in shown)]
     return [split.only([split.concepts.index(name) for name in names]) for split in splits]
 
 
 def concept_scores(directions: Directions, split: Split, chunk: int = 256) -> np.ndarray:
     """Average precision of every candidate for every concept over the patch tokens of a split: ``[S,C]``."""
-    truth, z, rows = PatchTruth(split.positives), split.patches, []
+    truth, z, precision = PatchTruth(split.positives), split.patches, []
     for part in torch.arange(directions.weight.shape[1]).split(chunk):
         scores = directions.scores(z, part).T.contiguous().numpy()
-        rows += [truth.average_precision(own) for own in scores]
-    return np.array(rows)
+        precision += [truth.average_precision(candidate) for candidate in scores]
+    return np.array(precision)
 
 
 def one_to_one(scores: np.ndarray) -> np.ndarray:
@@ -167,22 +169,19 @@ def recover(directions: Directions, train: Split, test: Split, weights: np.ndarr
     (of pixels, at the threshold that is best on training scenes) and pointing; one_to_one, the auprc under the
     one-to-one matching; train_auprc; chance, the share of patches that show the concept.
     """
-    found, positives = concept_scores(directions, train), test.positives
-    best, single = found.argmax(0), one_to_one(found)
-    fitted = directions.scores(train.patches, torch.from_numpy(best)).numpy()
-    held_out = directions.scores(test.patches, torch.from_numpy(best)).numpy()
+    precision, positives = concept_scores(directions, train), test.positives
+    best, single = precision.argmax(0), one_to_one(precision)
+    fitted, held_out = (directions.scores(split.patches, torch.from_numpy(best)).numpy() for split in (train, test))
     alone = directions.scores(test.patches, torch.from_numpy(np.maximum(single, 0))).numpy()
-    samples, rows = [], []
+    samples, rows, images = [], [], (len(test.z), -1)
     for c, (kind, concept) in enumerate(test.concepts):
         score, shown = np.ascontiguousarray(held_out[:, c]), positives[:, [c]]
-        images = (len(test.z), -1)
         samples.append(bootstrap_precision(score.reshape(images), shown.reshape(images), weights))
         threshold = best_threshold(np.ascontiguousarray(fitted[:, c]), train.share[..., c].ravel())
         second = average_precision(alone[:, c], shown)[0] if single[c] >= 0 else np.nan
-        rows.append((kind, concept, best[c], average_precision(score, shown)[0],
-                     *np.quantile(samples[-1], (0.025, 0.975)),
+        rows.append((kind, concept, best[c], average_precision(score, shown)[0], *percentiles(samples[-1]),
                      pixel_overlap(score >= threshold, test.share[..., c].ravel()),
-                     pointing_game(score.reshape(images), shown.reshape(images)), second, found[best[c], c],
+                     pointing_game(score.reshape(images), shown.reshape(images)), second, precision[best[c], c],
                      shown.mean()))
     columns = ["kind", "concept", "candidate", "auprc", "low", "high", "overlap", "pointing", "one_to_one",
                "train_auprc", "chance"]
@@ -201,7 +200,7 @@ def transferred(directions: Directions, home: pd.DataFrame, split: Split, weight
         if name in matched.index and shown.any():
             candidate = int(matched.loc[name, "candidate"])
             score = directions.scores(split.z[:, 1:], [candidate]).numpy()[..., 0]
-            low, high = np.nanquantile(bootstrap_precision(score, shown, weights), (0.025, 0.975))
+            low, high = percentiles(bootstrap_precision(score, shown, weights))
             there = average_precision(score.ravel(), shown.reshape(-1, 1))[0]
             rows.append((*name, candidate, matched.loc[name, "auprc"], there, low, high, shown.mean()))
     return pd.DataFrame(rows, columns=["kind", "concept", "candidate", "home", "there", "low", "high", "chance"])
@@ -218,16 +217,21 @@ def image_recovery(directions: Directions, train: Split, test: Split) -> pd.Data
     Each reading gives one value an image and candidate; candidates are matched to concepts by average precision over
     training images and scored on test images. Columns tokens, kind, concept, candidate, auprc, chance.
     """
-    shown = {name: (split.share >= COVERED).any(1) for name, split in (("train", train), ("test", test))}
-    values = {name: {reading: [] for reading in READINGS} for name in shown}
-    for name, split in (("train", train), ("test", test)):
-        for h in image_scores(directions, split.z):
-            for reading, function in READINGS.items():
-                values[name][reading].append(function(h))
-    rows, truth = [], PatchTruth(shown["train"])
+    shown = [(split.share >= COVERED).any(1) for split in (train, test)]
+    values = [_read_images(directions, split.z) for split in (train, test)]
+    rows, truth = [], PatchTruth(shown[0])
     for reading in READINGS:
-        fitted, held_out = (torch.cat(values[name][reading]).T.contiguous().numpy() for name in ("train", "test"))
-        best = np.array([truth.average_precision(own) for own in fitted]).argmax(0)
-        rows += [(reading, *concept, best[c], average_precision(held_out[best[c]], shown["test"][:, [c]])[0],
-                  shown["test"][:, c].mean()) for c, concept in enumerate(test.concepts)]
+        fitted, held_out = (of[reading] for of in values)
+        best = np.array([truth.average_precision(candidate) for candidate in fitted]).argmax(0)
+        rows += [(reading, *concept, best[c], average_precision(held_out[best[c]], shown[1][:, [c]])[0],
+                  shown[1][:, c].mean()) for c, concept in enumerate(test.concepts)]
     return pd.DataFrame(rows, columns=["tokens", "kind", "concept", "candidate", "auprc", "chance"])
+
+
+def _read_images(directions: Directions, z: torch.Tensor) -> dict[str, np.ndarray]:
+    """Reading -> the value of every candidate on every image ``[S,B]``."""
+    values = {reading: [] for reading in READINGS}
+    for h in image_scores(directions, z):
+        for reading, function in READINGS.items():
+            values[reading].append(function(h))
+    return {reading: torch.cat(parts).T.contiguous().numpy() for reading, parts in values.items()}

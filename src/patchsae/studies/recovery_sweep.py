@@ -1,21 +1,21 @@
-"""Concept recovery of every method and variant with three seeds: tables trained once by ``make mini-artifacts``.
+"""Concept recovery of every method and variant with three seeds: tables made once by ``make mini-artifacts``.
 
 ``concept_recovery.csv`` has a row a concept, ``recovery_samples.csv`` the share of concepts recovered in every
-bootstrap sample of test scenes, the same samples for all rows, so that differences between methods are paired. Rows are
-keyed by their settings and the model's weights; what is already in the tables is not computed again.
+bootstrap sample of test scenes, the same samples for all rows, so that differences between methods are paired.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from patchsae.clip import Clip, load_clip
-from patchsae.config import Profile, device
-from patchsae.data.datasets import open_dataset
+from patchsae.config import Profile
 from patchsae.data.masked import open_masked
 from patchsae.studies import controls
+from patchsae.studies.intervals import percentiles
 from patchsae.studies.recovery import (
     BAR,
     COUNTED,
@@ -28,146 +28,144 @@ from patchsae.studies.recovery import (
     resamples,
     shared_concepts,
 )
-from patchsae.studies.study import trained_sae
-from patchsae.studies.sweep import ACTIVATIONS
-from patchsae.train import run_key
-from patchsae.weights.files import write_atomically
+from patchsae.studies.study import Study, fingerprint, trained_sae
+from patchsae.studies.sweep import ACTIVATIONS, seeds
+from patchsae.studies.tables import Group, fill, noted, read, remedy
+from patchsae.weights.files import result_key
 
 #: Variant -> factor on a setting of [sae], or another value of it; layers are added from the profile.
 VARIANTS = {"lambda x0.5": {"l1": 0.5}, "lambda x2": {"l1": 2}, "expansion x0.5": {"expansion": 0.5},
             "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}, **ACTIVATIONS}
-SEEDS = 3
 #: Methods that train nothing: notebook 07 has them where the tables are not made yet.
 CHEAP = ("autoencoder", "principal components", "neurons", "hidden neurons", "random autoencoder", "linear probe")
+#: Methods without chance in them are the same for every seed.
+ONCE = ("neurons", "hidden neurons", "linear probe")
 #: Training scenes that candidates are matched on, at most.
 MATCH_IMAGES = 2048
 TABLES = ("concept_recovery.csv", "recovery_samples.csv")
-#: What names a row of the tables.
-NAMES = ["configuration", "method", "seed", "key"]
+#: Raised when recovery gives other numbers from the same settings.
+VERSION = 1
+#: What a row of the mini profile takes on two cores.
+MINUTES = 1.5
+
+#: A function of the splits to match and to score on that gives candidates and the splits they read.
+Method = Callable[[Split, Split], tuple[Directions, Split, Split]]
 
 
 def variants(profile: Profile) -> dict[str, Profile]:
     """Configuration -> profile: the default, then one change at a time."""
-    found = {"default": profile}
+    changed = {"default": profile}
     for name, changes in VARIANTS.items():
         values = {k: v * getattr(profile.sae, k) if isinstance(v, (int, float)) else v for k, v in changes.items()}
-        found[name] = profile.with_sae(**values)
-    return found | {f"layer {layer}": profile.at_layer(layer) for layer in profile.model.other_layers}
+        changed[name] = profile.with_sae(**values)
+    return changed | {f"layer {layer}": profile.at_layer(layer) for layer in profile.model.other_layers}
 
 
-def splits(profile: Profile, clip: Clip) -> list[Split]:
+@functools.lru_cache(maxsize=1)
+def splits(study: Study) -> list[Split]:
     """The scenes to match on and the scenes to score on, with the concepts that both show."""
-    sizes = {"train": min(MATCH_IMAGES, profile.data.train_images), "test": profile.data.test_images}
-    return shared_concepts(*(read_split(clip, open_masked(profile, clip, split), profile.model.layer, n)
-                             for split, n in sizes.items()))
+    return shared_concepts(*(read_split(study.clip, ds, study.layer, n) for ds, n in _scenes(study)))
 
 
-def methods(configuration: str, profile: Profile, clip: Clip, first_seed: int) -> dict:
-    """Method -> function of the two splits that gives candidates and the two splits they read.
+def _scenes(study: Study) -> Iterator[tuple]:
+    """The images with masks of either split, and how many of them are read."""
+    s = study.profile.data
+    for split, n in (("train", min(MATCH_IMAGES, s.train_images)), ("test", s.test_images)):
+        yield open_masked(study.profile, study.clip, split), n
 
-    The default has every control; other widths have k-means with as many centroids, and layers their autoencoder.
-    Without chance in them, neurons and the probe are the same for every seed: they come with the first.
-    """
-    train, seed = open_dataset(profile, profile.data.task, "train"), profile.seed
-    width = round(profile.sae.expansion * clip.width)
+
+def methods(configuration: str, study: Study) -> dict[str, Method]:
+    """Method -> what gives its candidates. The default has every control; other widths have k-means with as many
+    centroids, and layers their autoencoder."""
+    p, clip = study.profile, study.clip
+    width = round(p.sae.expansion * clip.width)
 
     def hidden(*both: Split):
-        both = [controls.hidden_neurons(clip, open_masked(profile, clip, split), profile.model.layer, own)
-                for split, own in zip(("train", "test"), both)]
+        both = [controls.hidden_neurons(clip, ds, study.layer, split) for (ds, _), split in zip(_scenes(study), both)]
         return controls.neurons(both[0]), *both
 
-    found = {"autoencoder": lambda *both: (latent_directions(trained_sae(profile, clip, train)), *both),
-             "k-means": lambda *both: (controls.clusters(both[0], width, seed), *both),
-             "principal components": lambda *both: (controls.principal_components(both[0], seed), *both),
-             "neurons": lambda *both: (controls.neurons(both[0]), *both), "hidden neurons": hidden,
-             "random autoencoder": lambda *both: (controls.random_autoencoder(profile, clip, train), *both),
-             "shuffled autoencoder": lambda *both: (controls.shuffled_autoencoder(profile, clip, train), *both),
-             "linear probe": lambda *both: (controls.probe(both[0]), *both)}
-    if configuration != "default":
-        kept = ("autoencoder", "k-means") if "expansion" in configuration else ("autoencoder",)
-        found = {k: found[k] for k in kept}
-    once = ("neurons", "hidden neurons", "linear probe")
-    return {k: v for k, v in found.items() if k not in once or seed == first_seed}
+    def of_training(make: Callable[[Split], Directions]) -> Method:
+        return lambda train, test: (make(train), train, test)
+
+    every = {"autoencoder": of_training(lambda _: latent_directions(trained_sae(p, clip, study.train))),
+             "k-means": of_training(lambda train: controls.clusters(train, width, p.seed)),
+             "principal components": of_training(lambda train: controls.principal_components(train, p.seed)),
+             "neurons": of_training(controls.neurons), "hidden neurons": hidden,
+             "random autoencoder": of_training(lambda _: controls.random_autoencoder(study)),
+             "shuffled autoencoder": of_training(lambda _: controls.shuffled_autoencoder(study)),
+             "linear probe": of_training(controls.probe)}
+    if configuration == "default":
+        return every
+    return {name: every[name] for name in (("autoencoder", "k-means") if "expansion" in configuration else
+                                           ("autoencoder",))}
 
 
-def tables(profile: Profile, clip: Clip) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two tables of the profile; where they are not made yet, the first seed of what needs no training."""
-    paths = [profile.data_dir / name for name in TABLES]
-    if all(path.is_file() for path in paths):
-        return tuple(pd.read_csv(path) for path in paths)
-    print(f"There is no {paths[0].name} of the profile {profile.name}: what follows has one seed, the default and the "
-          f"controls that need no training; make mini-artifacts PROFILE={profile.name} trains the rest.")
-    both, found = splits(profile, clip), []
-    for method, make in methods("default", profile, clip, profile.seed).items():
-        if method in CHEAP:
-            names = ("default", method, profile.seed, run_key(profile, clip))
-            found.append(_labelled(names, *_recovered(make, both, profile.seed)))
-    return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*found))
+def tables(study: Study) -> list[pd.DataFrame]:
+    """The two tables of the profile, with the ``attrs`` of ``read``.
+
+    As committed; this autoencoder's rows stand with them as the configuration "these settings" where they are of
+    others. Where nothing is committed, the first seed of what needs no training is computed now, in the run folder.
+    """
+    p = study.profile
+    try:
+        wanted = groups(study)
+    except FileNotFoundError as error:  # no images with masks
+        return [noted(pd.DataFrame(), False, str(error)) for _ in TABLES]
+    here, advice = _files(p.run_dir), remedy(p, len(wanted) * MINUTES)
+    committed = read(_files(p.data_dir), wanted, advice)
+    if committed[0].empty:
+        fill(here, [group for group in wanted if group.names["method"] in CHEAP and
+                    (group.names["configuration"], group.names["seed"]) == ("default", p.seed)])
+        return read(here, wanted, advice)
+    if committed[0].attrs["current"]:
+        return committed
+    fill(here, [wanted[0]._replace(names=wanted[0].names | {"configuration": "these settings"})])
+    return [noted(pd.concat([table, pd.read_csv(path)], ignore_index=True), **table.attrs)
+            for table, path in zip(committed, here)]
 
 
-def recovered(recovery: Recovery) -> pd.DataFrame:
+def groups(study: Study) -> list[Group]:
+    """What the tables have: every method of every variant with its seeds."""
+    @functools.lru_cache(maxsize=1)
+    def read_at(layer: int) -> list[Split]:
+        return splits(study if layer == study.layer else study.variant(study.profile.at_layer(layer)))
+
+    scenes = [[fingerprint(ds), n] for ds, n in _scenes(study)]
+    found = []
+    for configuration, changed in variants(study.profile).items():
+        for seed in seeds(study.profile):
+            variant = study.variant(dataclasses.replace(changed, seed=seed))
+            for method, make in methods(configuration, variant).items():
+                if seed == study.profile.seed or method not in ONCE:
+                    key = result_key(VERSION, method=method, clip=fingerprint(study.clip), scenes=scenes,
+                                     settings=variant.profile.sae_settings(), draws=study.profile.seed)
+                    compute = functools.partial(_rows, make, read_at, variant.layer, study.profile.seed)
+                    found.append(Group({"configuration": configuration, "method": method, "seed": seed}, key, compute))
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in TABLES]
+
+
+def _rows(make: Method, read_at: Callable[[int], list[Split]], layer: int, seed: int) -> list[pd.DataFrame]:
+    """What one method recovers: a row a concept, and shares in every bootstrap sample."""
+    directions, train, test = make(*read_at(layer))
+    recovery = recover(directions, train, test, resamples(len(test.z), seed))
+    return [recovery.table.assign(candidates=directions.weight.shape[1]).round(4), sampled_shares(recovery)]
+
+
+def sampled_shares(recovery: Recovery) -> pd.DataFrame:
     """Share of concepts recovered in every bootstrap sample: a row a kind, and "together" for those that count."""
-    kinds = recovery.table["kind"].to_numpy()
-    over = recovery.samples >= BAR
-    groups = {"together": np.isin(kinds, COUNTED)} | {kind: kinds == kind for kind in dict.fromkeys(kinds)}
-    return pd.DataFrame([(name, *over[:, own].mean(1).round(4)) for name, own in groups.items()],
+    kinds, over = recovery.table["kind"].to_numpy(), recovery.samples >= BAR
+    counted = {"together": np.isin(kinds, COUNTED)} | {kind: kinds == kind for kind in dict.fromkeys(kinds)}
+    return pd.DataFrame([(name, *over[:, which].mean(1).round(4)) for name, which in counted.items()],
                         columns=["kind", *map(str, range(len(over)))])
 
 
-def rows(profile: Profile, clip: Clip, known: set) -> Iterator[tuple[tuple, Directions, Recovery]]:
-    """Compute what is not in the tables: names of the row, its candidates, its recovery."""
-    read = {}
-    for configuration, changed in variants(profile).items():
-        for seed in range(profile.seed, profile.seed + SEEDS):
-            own = dataclasses.replace(changed, seed=seed)
-            for method, make in methods(configuration, own, clip, profile.seed).items():
-                names = (configuration, method, seed, run_key(own, clip))
-                if names not in known:
-                    layer = own.model.layer
-                    read = read if layer in read else {layer: splits(own, clip)}
-                    yield names, *_recovered(make, read[layer], profile.seed)
-
-
-def _recovered(make: Callable, both: list[Split], seed: int) -> tuple[Directions, Recovery]:
-    """The candidates of one method and what they recover."""
-    directions, train, test = make(*both)
-    return directions, recover(directions, train, test, resamples(len(test.z), seed))
-
-
-def _labelled(names: tuple, directions: Directions, found: Recovery) -> list[pd.DataFrame]:
-    """Rows of both tables, under the names of the row."""
-    label = pd.DataFrame([dict(zip(NAMES, names))])
-    table = found.table.assign(candidates=directions.weight.shape[1]).round(4)
-    return [label.merge(part, how="cross") for part in (table, recovered(found))]
-
-
-def run(profile: Profile) -> None:
-    """Fill both tables with whatever they lack, a row of either at a time, and drop rows of other settings."""
-    clip, paths = load_clip(profile.model.name, device()), [profile.data_dir / name for name in TABLES]
-    old = [pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=NAMES) for path in paths]
-    known = {tuple(names) for names in old[1][NAMES].drop_duplicates().to_numpy().tolist()}
-    for names, directions, found in rows(profile, clip, known):
-        new = _labelled(names, directions, found)
-        old = [pd.concat([a, b], ignore_index=True) if len(a) else b for a, b in zip(old, new)]
-        _write(paths, old)
-        share = (found.table[found.table["kind"].isin(COUNTED)]["auprc"] >= BAR).mean()
-        print(f"{names[0]}, {names[1]}, seed {names[2]}: {share:.1%}", flush=True)
-    _write(paths, [_current(profile, clip, table) for table in old])
-
-
-def _current(profile: Profile, clip: Clip, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table that belong to today's settings, in the order of the variants."""
-    order = [(name, method, seed, run_key(own, clip)) for name, changed in variants(profile).items()
-             for own in (dataclasses.replace(changed, seed=s) for s in range(profile.seed, profile.seed + SEEDS))
-             for seed in [own.seed] for method in methods(name, own, clip, profile.seed)]
-    place = {names: i for i, names in enumerate(order)}
-    at = [place.get(tuple(names), -1) for names in table[NAMES].to_numpy().tolist()]
-    return table.assign(at=at)[np.array(at) >= 0].sort_values("at", kind="stable").drop(columns="at")
-
-
-def _write(paths: list, parts: list) -> None:
-    for path, table in zip(paths, parts):
-        write_atomically(path, lambda temporary, table=table: table.to_csv(temporary, index=False))
+def run(study: Study) -> None:
+    """Fill both tables with whatever they lack."""
+    fill(_files(study.profile.data_dir), groups(study))
 
 
 def intervals(table: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
@@ -177,16 +175,15 @@ def intervals(table: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     the default autoencoder's share minus this one, over the same resampled scenes. Columns besides: candidates.
     """
     over, columns = _shares(table), [c for c in samples if c.isdigit()]
-    drawn = {names: _mix_seeds(own[columns].to_numpy(), i)
-             for i, (names, own) in enumerate(samples.groupby(["configuration", "method", "kind"], sort=False))}
-    found = []
-    for (configuration, method, kind), own in drawn.items():
-        reference, mine = ("default", "autoencoder", kind), (configuration, method, kind)
-        difference = drawn[reference] - own
-        found.append((*mine, over["candidates"][mine], over["share"][mine], *np.quantile(own, (0.025, 0.975)),
-                      over["share"][reference] - over["share"][mine], *np.quantile(difference, (0.025, 0.975))))
-    return pd.DataFrame(found, columns=["configuration", "method", "kind", "candidates", "share", "low", "high",
-                                        "minus", "minus_low", "minus_high"])
+    drawn = {names: _mix_seeds(group[columns].to_numpy(), i)
+             for i, (names, group) in enumerate(samples.groupby(["configuration", "method", "kind"], sort=False))}
+    rows = []
+    for (configuration, method, kind), shares in drawn.items():
+        reference, this = ("default", "autoencoder", kind), (configuration, method, kind)
+        rows.append((*this, over["candidates"][this], over["share"][this], *percentiles(shares),
+                     over["share"][reference] - over["share"][this], *percentiles(drawn[reference] - shares)))
+    return pd.DataFrame(rows, columns=["configuration", "method", "kind", "candidates", "share", "low", "high",
+                                       "minus", "minus_low", "minus_high"])
 
 
 def _shares(table: pd.DataFrame) -> pd.DataFrame:

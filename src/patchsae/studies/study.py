@@ -16,6 +16,10 @@ from patchsae.sae import SparseAutoencoder
 from patchsae.train import new_sae, run_key, train_sae
 
 
+#: What stands in the place of a comparison with an autoencoder trained in another way.
+GIVEN = "The autoencoder's weights were given, so that none is trained like it in another way: left out."
+
+
 class Study:
     """A profile, opened.
 
@@ -94,16 +98,27 @@ class Study:
         return saved_latents(p.run_dir, self.clip, sae, ds, self.layer if layer is None else layer, p.latents.tau,
                              p.latents.n_reference, p.data.batch_images, tokens)
 
-    def variant(self, profile: Profile) -> "Study":
-        """The same model and images under other settings, e.g. ``variant(profile.with_sae(l1=1e-3))``."""
+    def variant(self, profile: Profile, tower: Clip | None = None) -> "Study":
+        """The same images under other settings, e.g. ``variant(profile.with_sae(l1=1e-3))``, or in another tower."""
         other = Study(profile)
-        other.clip, other.train, other.test = self.clip, self.train, self.test
+        other.images, other.clip = self.images, self.clip if tower is None else tower
         return other
+
+    def next_seed(self) -> "Study | None":
+        """The same settings with the next seed; None where the autoencoder's weights are given, whatever the seed."""
+        return None if self.profile.sae.weights else self.variant(
+            dataclasses.replace(self.profile, seed=self.profile.seed + 1))
 
 
 def open_study(profile: Profile | str | None = None) -> Study:
     """Open a profile (by default the one that ``PROFILE`` names), with its number of threads and its seed set."""
     return Study(profile if isinstance(profile, Profile) else start(profile))
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(model_or_data: Clip | Images) -> str:
+    """Its hash, computed once: that of a ViT-B/16 takes a second, that of ImageNet's files several."""
+    return model_or_data.fingerprint()
 
 
 # Where a profile's autoencoder is ------------------------------------------------------------------------

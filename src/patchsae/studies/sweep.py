@@ -1,21 +1,18 @@
-"""The mini profile's table 2: one autoencoder per configuration, trained once by ``make mini-artifacts``.
-
-Rows are keyed by their settings and the model's weights; what is already in the table is not trained again.
-"""
+"""Table 2: one autoencoder per configuration, trained once by ``make mini-artifacts`` and read by notebook 01."""
 
 import dataclasses
-import shutil
+import functools
 from pathlib import Path
 
 import pandas as pd
 
-from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import ROOT, Profile, device
-from patchsae.data.datasets import open_dataset, templates
+from patchsae.config import ROOT, Profile
+from patchsae.sae import SparseAutoencoder
 from patchsae.studies.fidelity import measure
-from patchsae.studies.study import committed_folder, run_folder
-from patchsae.train import new_sae, run_key, train_sae
-from patchsae.weights.files import write_atomically
+from patchsae.studies.study import Study, committed_folder, fingerprint, run_folder, trained_sae
+from patchsae.studies.tables import Group, fill, noted, read, remedy
+from patchsae.train import new_sae
+from patchsae.weights.files import result_key, write_atomically
 
 #: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.
 ACTIVATIONS = {"TopK": {"activation": "topk"}, "BatchTopK": {"activation": "batchtopk"},
@@ -32,42 +29,50 @@ KEPT = ("default", "layer", "class token")
 SEEDS = 3
 #: Of the log of an autoencoder that is kept, every tenth step is.
 LOG_EVERY = 10
+#: Raised when measuring gives other numbers from the same settings.
+VERSION = 1
+#: What a row of the mini profile takes on two cores.
+MINUTES = 1.5
 
 
 def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
-    """(name, seed) -> profile, in the order of the table; the default comes with three seeds."""
+    """(name, seed) -> profile, in the order of the table; the default comes with three seeds if it is trained here."""
     rows = {}
     for name, changes in CHANGES.items():
         factors = {k: v * getattr(profile.sae, k) for k, v in changes.items() if k in FACTORS}
-        rows[name, profile.seed] = profile.with_sae(**changes | factors)
+        rows[name, profile.seed] = profile.with_sae(**changes | factors) if changes else profile
     rows |= {(f"layer {layer}", profile.seed): profile.at_layer(layer) for layer in profile.model.other_layers}
-    seeds = range(profile.seed, profile.seed + SEEDS)
-    default = {("default", s): dataclasses.replace(profile, seed=s) for s in seeds}
+    default = {("default", s): dataclasses.replace(profile, seed=s) for s in seeds(profile)}
     return default | rows | {("random", profile.seed): profile}
 
 
-def table_path(profile: Profile) -> Path:
-    """The committed table."""
-    return profile.data_dir / "table2.csv"
+def seeds(profile: Profile) -> range:
+    """The seeds of what comes with several: given weights are the same with every one."""
+    return range(profile.seed, profile.seed + (1 if profile.sae.weights else SEEDS))
 
 
-def table2(profile: Profile, quality: pd.DataFrame) -> pd.DataFrame:
-    """The profile's sweep: configuration, seed, key and what ``fidelity.measure`` gives.
+def table2(study: Study, quality: pd.DataFrame) -> pd.DataFrame:
+    """The profile's sweep: configuration, seed, key and what ``fidelity.measure`` gives; ``attrs`` as in ``tables``.
 
-    Where the profile has none (``make mini-artifacts`` makes one), ``quality`` stands in for it: a column of
-    measurements for "trained" and one for "random".
+    Where it is of other settings or not made yet, what was measured now stands with it: ``quality`` has a column for
+    "trained" and one for "random".
     """
-    if table_path(profile).is_file():
-        return pd.read_csv(table_path(profile))
-    rows = quality.T.rename({"trained": "default"}).rename_axis("configuration").reset_index()
-    return rows.assign(seed=profile.seed, key="")
+    profile, groups = study.profile, _groups(study)
+    table, = read([_file(profile)], groups, remedy(profile, len(groups) * MINUTES))
+    if table.attrs["current"]:
+        return table
+    names = {"trained": "these settings"} if len(table) else {"trained": "default", "random": "random"}
+    measured = quality[list(names)].T.rename(names).rename_axis("configuration").reset_index()
+    beside = [part for part in (table, measured.assign(seed=profile.seed, key="")) if len(part)]
+    return noted(pd.concat(beside, ignore_index=True), **table.attrs)
 
 
-def committed_row(profile: Profile, clip: Clip) -> pd.Series | None:
+def committed_row(study: Study) -> pd.Series | None:
     """The row of the committed table with exactly these settings, or None."""
-    table = pd.read_csv(table_path(profile)) if table_path(profile).is_file() else pd.DataFrame({"key": []})
-    found = table[(table["key"] == run_key(profile, clip)) & (table.get("configuration") != "random")]
-    return None if found.empty else found.iloc[0]
+    path = _file(study.profile)
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"key": [], "configuration": []})
+    rows = table[(table["key"] == _key(study)) & (table["configuration"] != "random")]
+    return None if rows.empty else rows.iloc[0]
 
 
 def published(name: str) -> pd.DataFrame:
@@ -75,39 +80,43 @@ def published(name: str) -> pd.DataFrame:
     return pd.read_csv(ROOT / "data" / f"published_{name}.csv")
 
 
-def row(name: str, profile: Profile, clip: Clip, sae) -> dict:
-    """Measure one autoencoder on the test split: one row of the table."""
-    test = open_dataset(profile, profile.data.task, "test")
-    text = class_prototypes(clip, test.class_names, templates(profile, profile.data.task))
-    numbers = measure(clip, sae, test, text, profile.model.layer, profile.sae.tokens, profile.data.batch_images)
-    return {"configuration": name, "seed": profile.seed, "key": run_key(profile, clip)} | numbers.round(6).to_dict()
-
-
-def run(profile: Profile) -> pd.DataFrame:
+def run(study: Study) -> None:
     """Train and measure whatever the table does not have yet; keep the autoencoders that notebooks look into."""
-    clip, path = load_clip(profile.model.name, device()), table_path(profile)
-    done = pd.read_csv(path).to_dict("records") if path.is_file() else []
-    rows = []
-    for (name, _), changed in configurations(profile).items():
-        known = [r for r in done if (r["configuration"], r["key"]) == (name, run_key(changed, clip))]
-        rows += known or [row(name, changed, clip, _sae(name, changed, clip))]
-        _save(path, table := pd.DataFrame(rows))
-        print(table.tail(1).to_string(header=False), flush=True)
-    return table
+    fill([_file(study.profile)], _groups(study))
 
 
-def _save(path: Path, table: pd.DataFrame) -> None:
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+def _file(profile: Profile) -> Path:
+    return profile.data_dir / "table2.csv"
 
 
-def _sae(name: str, profile: Profile, clip: Clip):
-    """Train one configuration. Those that notebooks 02 to 04 look into are kept among the committed data."""
-    train = open_dataset(profile, profile.data.task, "train")
+def _groups(study: Study) -> list[Group]:
+    variants = {names: study.variant(profile) for names, profile in configurations(study.profile).items()}
+    return [Group({"configuration": name, "seed": seed}, _key(variant), functools.partial(_row, name, variant))
+            for (name, seed), variant in variants.items()]
+
+
+def _key(study: Study) -> str:
+    """What decides a row, besides its configuration."""
+    return result_key(VERSION, clip=fingerprint(study.clip), settings=study.profile.sae_settings(),
+                      images=fingerprint(study.test), templates=study.profile.model.templates)
+
+
+def _row(name: str, study: Study) -> list[pd.DataFrame]:
+    """Measure one autoencoder on the test split."""
+    p = study.profile
+    numbers = measure(study.clip, _sae(name, study), study.test, study.text, study.layer, p.sae.tokens,
+                      p.data.batch_images)
+    return [numbers.round(6).to_frame().T]
+
+
+def _sae(name: str, study: Study) -> SparseAutoencoder:
+    """The autoencoder of one configuration. Those that notebooks 02 to 04 look into are kept among committed data."""
+    profile, clip = study.profile, study.clip
     if name == "random":
-        return new_sae(profile, clip, train)
-    sae, _ = train_sae(profile, clip, train, run_folder(profile, clip))
-    if name.startswith(KEPT):
-        folder = shutil.copytree(run_folder(profile, clip), committed_folder(profile, clip), dirs_exist_ok=True)
-        log = pd.read_csv(folder / "log.csv")[LOG_EVERY - 1::LOG_EVERY]
-        write_atomically(folder / "log.csv", lambda path: log.to_csv(path, index=False))
+        return new_sae(profile, clip, study.train)
+    sae, target = trained_sae(profile, clip, study.train), committed_folder(profile, clip)
+    if name.startswith(KEPT) and not profile.sae.weights and not (target / "sae.safetensors").is_file():
+        log = pd.read_csv(run_folder(profile, clip) / "log.csv")[LOG_EVERY - 1::LOG_EVERY]
+        write_atomically(target / "log.csv", lambda path: log.to_csv(path, index=False))
+        sae.save_pretrained(target)
     return sae

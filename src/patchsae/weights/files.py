@@ -118,3 +118,12 @@ def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def result_key(version: int, **decided_by) -> str:
+    """What a kept result is called: a hash of everything that decides it, by name, 16 hexadecimal digits.
+
+    ``version`` is that of the computation, raised by hand when its numbers change; the rest is what JSON can write.
+    """
+    content = json.dumps([version, decided_by], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

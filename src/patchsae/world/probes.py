@@ -1,12 +1,15 @@
 """What the mini CLIP can do and what its tokens hold: zero-shot accuracies and linear probes, on held-out scenes."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from patchsae.activations import load_pixels
+from patchsae.activations import token_batches
 from patchsae.clip import Clip, class_prototypes
+from patchsae.data.datasets import Subset
 from patchsae.masks import COVERED
 from patchsae.world.dataset import SceneDataset
 from patchsae.world.scenes import CONCEPTS, NAMES, TASKS, WORLD
@@ -15,12 +18,16 @@ PROBED = ("noun", "colour", "texture", "background")
 
 
 @torch.no_grad()
+def image_embeddings(clip: Clip, ds, batch_images: int = 64, layer: int = -2) -> torch.Tensor:
+    """Image embeddings of a data set: ``[N,P]``, not normalised."""
+    return torch.cat([clip.above(batch.z, layer) for batch in token_batches(clip, ds, layer, batch_images)])
+
+
 def zero_shot(clip: Clip, ds: SceneDataset, rows, names, labels, template: str) -> float:
     """Share of images whose nearest class prompt is the right one; ``labels [len(rows)]`` index ``names``."""
-    text = class_prototypes(clip, names, [template])
-    hits = [clip.logits(clip.above(clip.below(load_pixels(clip, ds, part).pixels, -1), -1), text).argmax(1).cpu()
-            for part in np.array_split(np.asarray(rows), -(-len(rows) // 64))]
-    return float((torch.cat(hits).numpy() == np.asarray(labels)).mean())
+    chosen = Subset(ds, range(len(ds.class_names)), rows)
+    logits = clip.logits(image_embeddings(clip, chosen), class_prototypes(clip, names, [template]))
+    return float((logits.argmax(1).cpu().numpy() == np.asarray(labels)).mean())
 
 
 def zero_shot_table(clip: Clip, n: int = 2048) -> pd.DataFrame:
@@ -66,19 +73,13 @@ def probe_table(clip: Clip, n_train: int = 2048, n_test: int = 1024) -> pd.DataF
     patch = {name: _patch_labels(ds) for name, ds in splits.items()}
     whole = {name: _image_labels(ds) for name, ds in splits.items()}
     for layer in range(len(clip.blocks)):
-        z = {name: _tokens(clip, ds, layer) for name, ds in splits.items()}
+        z = {name: torch.cat([batch.z for batch in token_batches(clip, ds, layer)]) for name, ds in splits.items()}
         for k, kind in enumerate(PROBED):
             for tokens, labels in (("patch", patch), ("class", whole)):
                 x = {name: z[name][:, 1:].flatten(0, 1) if tokens == "patch" else z[name][:, 0] for name in z}
                 result = _probe(x["train"], labels["train"][..., k].ravel(), x["test"], labels["test"][..., k].ravel())
                 rows.append((layer, kind, tokens, *result))
     return pd.DataFrame(rows, columns=["layer", "concept", "tokens", "accuracy", "chance", "n_test"]).round(4)
-
-
-@torch.no_grad()
-def _tokens(clip: Clip, ds, layer: int) -> torch.Tensor:
-    parts = np.array_split(np.arange(len(ds)), -(-len(ds) // 64))
-    return torch.cat([clip.below(load_pixels(clip, ds, part).pixels, layer) for part in parts])
 
 
 def _patch_labels(ds: SceneDataset) -> np.ndarray:
@@ -102,27 +103,55 @@ def _probe(x, y, x_test, y_test) -> tuple[float, float, int]:
     """Multinomial logistic regression: accuracy, share of the commonest class, number of test tokens."""
     y, y_test = torch.from_numpy(y), torch.from_numpy(y_test)
     x, y, x_test, y_test = x[y >= 0], y[y >= 0], x_test[y_test >= 0], y_test[y_test >= 0]
-    mean, std = x.mean(0), x.std(0)
-    x, x_test, n = (x - mean) / std, (x_test - mean) / std, int(y.max()) + 1
-    ones = torch.ones(len(x), 1)
-    weight = linear_weights(torch.cat([x, ones], 1), y, n, 1e-4).T
-    accuracy = ((x_test @ weight[:-1] + weight[-1]).argmax(1) == y_test).float().mean().item()
+    accuracy = (fit_readout(x, y, 1e-4)(x_test).argmax(1) == y_test).float().mean().item()
     return accuracy, y_test.bincount().max().item() / len(y_test), len(y_test)
 
 
-def linear_weights(x: torch.Tensor, y: torch.Tensor, n: int, penalty: float) -> torch.Tensor:
-    """Multinomial logistic regression by L-BFGS: ``[N,D]``, labels ``[N]`` -> weights ``[n,D]``.
+# One regression for every readout -----------------------------------------------------------------------
 
-    Minimises the mean cross-entropy plus ``penalty`` times the sum of squared weights.
+class Readout(NamedTuple):
+    """A linear readout of C things from D numbers, ``[N,D] -> [N,C]``: ``(x - centre) @ weight + bias``."""
+
+    centre: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.centre) @ self.weight + self.bias
+
+
+def fit_readout(x: torch.Tensor, y: torch.Tensor, penalty: float, iterations: int = 60) -> Readout:
+    """Logistic regression on ``x [N,D]``, brought to zero mean and unit deviation; what never varies weighs nothing.
+
+    ``y``: labels ``[N]``, one of several classes each, or ``[N,C]`` of 0 and 1, any of C things each. The biases of
+    things, log odds of what may be rare, are not penalised; those of classes, which a constant may be added to, are.
     """
-    weight = torch.zeros(x.shape[1], n, requires_grad=True, device=x.device)
-    optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+    mean, std = x.mean(0), x.std(0)
+    std = torch.where(std > 0, std, 1)
+    penalties = torch.full((x.shape[1] + 1, 1), penalty, device=x.device)
+    penalties[-1] *= y.ndim == 1
+    scaled = torch.cat([(x - mean) / std, torch.ones_like(x[:, :1])], 1)
+    weights = logistic_weights(scaled, y, penalties, iterations)
+    return Readout(mean, weights[:-1] / std[:, None], weights[-1])
+
+
+def logistic_weights(x: torch.Tensor, y: torch.Tensor, penalty: float | torch.Tensor,
+                     iterations: int = 60) -> torch.Tensor:
+    """Logistic regression by L-BFGS: ``x [N,D]``, ``y`` as in ``fit_readout`` -> weights ``[D,C]``.
+
+    Minimises the mean cross-entropy (of C things: summed over them) plus ``penalty``, one number or ``[D,1]``, times
+    the sum of squared weights.
+    """
+    weight = torch.zeros(x.shape[1], int(y.max()) + 1 if y.ndim == 1 else y.shape[1], device=x.device)
+    optimizer = torch.optim.LBFGS([weight.requires_grad_()], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(x @ weight, y) + penalty * weight.square().sum()
+        error = F.cross_entropy(x @ weight, y) if y.ndim == 1 else (
+            F.binary_cross_entropy_with_logits(x @ weight, y, reduction="sum") / len(y))
+        value = error + (penalty * weight.square()).sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return weight.detach().T
+    return weight.detach()
