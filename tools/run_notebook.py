@@ -137,7 +137,9 @@ def execute(path: Path, environment: dict[str, str]):
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        raise SystemExit(f"{error}\n{path.stem} failed; mend the cell above and run it again.") from None
+        if error.ename != "LeftOut":
+            raise SystemExit(f"{error}\n{path.stem} failed; mend the cell above and run it again.") from None
+        print(f"{path.stem}: {error.evalue}")  # the rest of it has nothing to show for this profile
     except (DeadKernelError, RuntimeError, AssertionError):  # the last when nbclient itself is interrupted
         raise SystemExit(f"{path.stem} was interrupted or ran out of memory; run it again.") from None
     # The text is what JupyterLab would store, byte by byte.

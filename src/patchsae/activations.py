@@ -143,7 +143,7 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
         lost = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))
         if not lost or "Caught" in str(error):
             raise
-    if lost:  # raised above, it would keep the loader's own error alive, and with it the other workers, which fail later
+    if lost:  # raised above it would keep the error of the loader alive, and with it the other workers, which end later
         raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
                          "from what is finished.")
 

@@ -11,13 +11,20 @@ from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import ROOT, Profile, device, start
 from patchsae.data.datasets import open_dataset, templates
 from patchsae.data.images import Images
+from patchsae.data.masked import masks_folder
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.sae import SparseAutoencoder
 from patchsae.train import new_sae, run_key, train_sae
 
-
 #: What stands in the place of a comparison with an autoencoder trained in another way.
 GIVEN = "The autoencoder's weights were given, so that none is trained like it in another way: left out."
+
+
+class LeftOut(Exception):
+    """The rest of a notebook has nothing to show for this profile; shown as its sentence alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 class Study:
@@ -86,6 +93,16 @@ class Study:
         print(f"{name} = {value:.3f}: " + ("not checked, this profile states no bound" if bound is None else
                                            f"at least {bound} is expected"))
         assert bound is None or value >= bound, f"{name} is {value:.3f}, less than the {bound} that is expected"
+
+    def need(self, there: bool, sentence: str) -> None:
+        """End a notebook with a sentence where what all of it is about is not there."""
+        if not there:
+            raise LeftOut(sentence)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is ground truth for patches: of the profile's own images or of a public data set."""
+        return self.profile.data.source == "scenes" or masks_folder(self.profile) is not None
 
     def images(self, task: str, split: str) -> Images:
         """The images of any task of the profile."""
