@@ -515,7 +515,7 @@ def test_weights_with_thresholds_are_never_taken_for_relu(tmp_path):
         assert one_sentence(error.value)
 
 
-@pytest.mark.parametrize("changes", [{"rescale_acts_by_decoder_norm": True}, {"activation_fn_str": "jumprelu"},
+@pytest.mark.parametrize("changes", [{"activation_fn_str": "jumprelu"},
                                      {"architecture": "jumprelu", "activation_fn": "topk"}, {"k": None}])
 def test_saelens_folders_with_other_equations_are_refused(tmp_path, changes):
     write_saelens(tmp_path, make("topk")[0], "m", "h")

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from patchsae.config import ROOT
+from patchsae.config import ROOT, resolve
 from patchsae.data.images import Crop, hash_of, rgb
 from patchsae.weights.clips import read_clip
 from patchsae.weights.files import first_line, tensor_hash
@@ -192,16 +192,14 @@ def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revisio
 
 def _source(name_or_path: str | Path, revision: str | None) -> Path:
     """Where a name leads: a local file or folder, as given or else in the project's folder, or a folder of the hub."""
-    tried = [Path(name_or_path), ROOT / name_or_path]
-    if there := [path for path in tried if path.exists()]:
-        return there[0]
+    if (path := resolve(name_or_path)).exists():
+        return path
     name, _, pinned = str(name_or_path).partition("@")
     try:
         return model_folder(name, pinned or revision)
     except FileNotFoundError as error:
-        places = " nor ".join(dict.fromkeys(str(path.absolute()) for path in tried))
-        raise FileNotFoundError(f"There is no CLIP called {name_or_path}: neither {places} exists, nor does the hub "
-                                "give it; check the name, and for the hub the network.") from error
+        raise FileNotFoundError(f"There is no CLIP called {name_or_path}: it is neither in {Path.cwd()} nor in {ROOT}, "
+                                "and the hub does not give it; check the name, and for the hub the network.") from error
 
 
 def _processor(folder: str) -> CLIPImageProcessorPil:

@@ -126,12 +126,12 @@ def test_weights_that_are_no_numbers_are_one_sentence(tmp_path):
 def test_names_on_the_hub_may_carry_a_revision(monkeypatch):
     asked = {}
 
-    def from_pretrained(source, revision, **_):
-        asked.update(source=source, revision=revision)
+    def snapshot_download(name, revision, allow_patterns):
+        asked.update(name=name, revision=revision)
         raise OSError("no network")
 
-    monkeypatch.setattr("patchsae.clip.CLIPModel.from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for name, revision in (("openai/clip@abc", None), ("openai/clip", "abc")):
         with pytest.raises(FileNotFoundError) as error:
             load_clip(name, revision=revision)
-        assert one_sentence(error.value) and asked == {"source": "openai/clip", "revision": "abc"}
+        assert one_sentence(error.value) and asked == {"name": "openai/clip", "revision": "abc"}

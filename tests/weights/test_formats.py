@@ -48,7 +48,8 @@ def test_saelens_folder_is_what_saelens_expects(tmp_path):
     write_saelens(tmp_path, sae.state_dict(), "a model", "a place")
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert (config["architecture"], config["d_in"], config["d_sae"], config["dtype"]) == ("standard", D, S, "float32")
-    assert config["apply_b_dec_to_input"] and config["metadata"] == {"model_name": "a model", "hook_name": "a place"}
+    assert config["apply_b_dec_to_input"] and config["metadata"] == {
+        "sae_lens_version": "6.0.0", "model_name": "a model", "hook_name": "a place"}
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         "W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}

@@ -36,7 +36,7 @@ DEEPEST = 50
 def read_clip(path: Path) -> CLIPModel:
     """A CLIP vision transformer in float32, from a folder (``config.json`` and files of weights) or OpenAI's file."""
     if path.is_file():
-        content = flat(read_state_dict(path), path)
+        content = flat(read_state_dict(path))
         return openai_clip({name: tensor for name, tensor in content.items() if name not in NOT_WEIGHTS}, path)
     settings, files = path / "config.json", model_files(path)
     if not settings.is_file() or not files:
@@ -85,17 +85,15 @@ def build_clip(config: CLIPConfig, tensors: dict[str, torch.Tensor], where: str 
     return CLIPModel.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
 
 
-def flat(content: dict, where: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of nested records by their dotted names, as a state dict has them; each record once."""
+def flat(content: dict) -> dict[str, torch.Tensor]:
+    """The tensors of nested records by their dotted names, as a state dict has them; each record is met once."""
     found, seen, todo = {}, set(), [("", content)]
     while todo:
         before, attributes = todo.pop()
-        if before.count(".") > DEEPEST:
-            raise ValueError(f"{where} has more than {DEEPEST} records inside each other; give the file of a CLIP.")
         for name, value in attributes.items():
             if torch.is_tensor(value):
                 found[f"{before}{name}"] = value
-            elif isinstance(value, Record) and id(value) not in seen:
+            elif isinstance(value, Record) and id(value) not in seen and before.count(".") < DEEPEST:
                 seen.add(id(value))
                 todo.append((f"{before}{name}.", value))
     return found

@@ -69,15 +69,20 @@ def save_json(path: Path, content: dict) -> Path:
 
 def load_json(path: Path, *keys: str) -> dict:
     """Read a JSON file that has these keys; a missing or damaged one is one sentence."""
+    content = parse_json(path)
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise ValueError(f"{path} lacks some of {', '.join(keys) or 'its settings'}; fetch or make it again.")
+    return content
+
+
+def parse_json(path: Path):
+    """What a JSON file holds, whatever it is."""
     try:
-        content = json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); remove it and make it again.") from error
-    if not isinstance(content, dict) or not set(keys) <= set(content):
-        raise ValueError(f"{path} lacks some of {', '.join(keys)}; remove it and make it again.")
-    return content
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch or make it again.") from error
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -11,15 +11,23 @@ Our ``config.json`` names the activation and its k where it is not relu. SAELens
 batchtopk and matryoshka, which cut every token at one threshold once they are trained, are written as its jumprelu.
 """
 
-import hashlib
-import json
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash, write_atomically
-from patchsae.weights.foreign import read_foreign
+from patchsae.weights.files import (
+    file_sha256,
+    load_json,
+    load_tensors,
+    parse_json,
+    save_json,
+    save_tensors,
+    tensor_hash,
+    write_atomically,
+)
+from patchsae.weights.foreign import read_foreign, state_dict_of
 
 OWN_FORMAT = "folder of this package"
 #: Activations that an autoencoder may have; those of a fixed number of active latents per token, k; and those that
@@ -34,34 +42,38 @@ WEIGHT_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NOT_THE_MODEL = (".", "optim", "sched", "rng", "train")
 #: Rows of W_dec count as of unit length up to this: training renormalises before a step and not after the last.
 UNIT_TOLERANCE = 1e-2
-#: What a SAELens configuration may say of an autoencoder with the equations of this package, where it says it.
+#: Weights that say little without the settings beside them.
+SETTINGS_OF = {"sae.safetensors": "config.json", "sae_weights.safetensors": "cfg.json"}
+#: What the settings of others may say of an autoencoder with the equations of this package, where they say it.
 SAELENS_PLAIN = {
     "architecture": ("standard", "topk", "jumprelu"), "activation_fn": ("relu", "topk"),
     "activation_fn_str": ("relu", "topk"), "normalize_activations": ("none", None),
     "reshape_activations": ("none", None), "finetuning_scaling_factor": (False,),
-    "rescale_acts_by_decoder_norm": (False,)}
+    "apply_b_dec_to_input": (True, False), "rescale_acts_by_decoder_norm": (False, True)}
+FASTSAE_PLAIN = {"activation_name": ("relu",), "architecture": ("vanilla",)}
+OFFICIAL_PLAIN = {"gated_sae": (False,)}
 
 
 def read_sae(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and a report of an autoencoder in any of the formats above, from a local file or folder.
 
     The weights are float32 and finite: ``W_enc [D,S]``, ``b_enc [S]``, ``W_dec [S,D]``, ``b_dec [D]``, and of some
-    activations ``threshold []`` or ``log_threshold [S]``. The report says ``format``, ``file``, its ``sha256``,
-    ``verified`` (a hash was known beforehand and agrees), ``dtype`` as stored, ``d_model``, ``n_latents``,
-    ``activation`` and ``k``, ``row_norms`` (least and greatest length of a row of W_dec) and ``unit_rows``.
+    activations ``threshold []`` or ``log_threshold [S]``. A file means what the settings beside it say, as its folder
+    does. The report says ``format``, ``file``, its ``sha256``, ``verified`` (a hash was known beforehand and agrees),
+    ``dtype`` as stored, ``d_model``, ``n_latents``, ``activation`` and ``k``, ``row_norms`` (least and greatest length
+    of a row of W_dec) and ``unit_rows``.
     """
-    form, file, settings = _find(Path(path))
-    activation, k = settings.get("activation", "relu"), settings.get("k", 0)
-    stored = load_tensors(file, device) if file.suffix == ".safetensors" else _from_torch(file)
-    stored = _checked(stored, file, _threshold_of(activation, form))
-    k = _checked_k(activation, k, stored, file)
-    verified = _agrees(stored, settings | {"activation": activation, "k": k}, file)
-    tensors = {name: tensor.to(device, torch.float32) for name, tensor in stored.items()}
-    if settings.get("apply_b_dec_to_input") is False:  # its encoder is not centred: relu(z W_enc + b_enc)
-        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
-    if activation == "jumprelu" and "threshold" in tensors:  # of SAELens; one of 0 or less is relu
-        tiny = torch.finfo(torch.float32).tiny
-        tensors["log_threshold"] = tensors.pop("threshold").clamp_min(tiny).log()
+    file = _weights_file(Path(path))
+    content = load_tensors(file, device) if file.suffix == ".safetensors" else read_foreign(file)
+    form, settings = _settings(file, content)
+    activation = settings.get("activation", "relu")
+    stored = _checked(state_dict_of(content, file), file, activation, form)
+    k = checked_k(activation, settings.get("k", 0), len(stored["b_enc"]))
+    verified = _agrees(settings, stored, sae_hash(stored, activation, k), file)
+    tensors = _finite({name: tensor.to(device, torch.float32) for name, tensor in stored.items()}, file)
+    if not tensors["W_dec"].any():
+        raise ValueError(f"{file} has a W_dec of zeros alone, which reconstructs nothing; fetch or train it again.")
+    tensors = _finite(_converted(tensors, settings), file)
     norms = tensors["W_dec"].norm(dim=1)
     return tensors, {
         "format": form, "file": file.name, "sha256": file_sha256(file), "verified": verified,
@@ -73,12 +85,6 @@ def read_sae(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Ten
 def sae_hash(tensors: dict[str, torch.Tensor], activation: str, k: int) -> str:
     """Hash of an autoencoder: of its weights, and of activation and k where the activation is not relu."""
     return tensor_hash(tensors if activation == "relu" else tensors | {activation: torch.tensor(k)})
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hubs and web sites state it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], activation: str = "relu", k: int = 0) -> None:
@@ -93,20 +99,24 @@ def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], activatio
 def write_official(path: str | Path, sae) -> Path:
     """Write a ``.pt`` file as the authors' code does: a dict with ``cfg`` and ``state_dict``, of relu alone.
 
-    ``sae``: the autoencoder, or the state dict of one with relu.
+    ``sae``: the autoencoder, or the state dict of one with relu. The authors' loader wants settings of training as
+    well; those are the paper's, whatever this autoencoder was trained with.
     """
     tensors, activation, _ = _parts(sae)
     if activation != "relu":
         raise ValueError(f"{path} cannot be written, since the authors' format has no {activation}; use "
                          "save_pretrained or write_saelens instead.")
     d_model, n_latents = tensors["W_enc"].shape
-    config = SimpleNamespace(d_in=d_model, d_sae=n_latents, dtype=torch.float32)
-    content = {"cfg": config, "state_dict": {name: tensors[name].detach().cpu() for name in NAMES}}
-    return write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
+    config = SimpleNamespace(
+        d_in=d_model, d_sae=n_latents, dtype=torch.float32, device="cpu", gated_sae=False, l1_coefficient=8e-5,
+        use_ghost_grads=True, mse_cls_coefficient=1.0, b_dec_init_method="geometric_median")
+    content = io.BytesIO()  # torch has errors of its own on a full disk
+    torch.save({"cfg": config, "state_dict": {name: tensors[name].detach().cpu() for name in NAMES}}, content)
+    return write_atomically(Path(path), lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def write_saelens(folder: str | Path, sae, model_name: str, hook_name: str) -> None:
-    """Write a folder that SAELens and what builds on it read; the two names say which tokens it is for.
+    """Write a folder that SAELens from version 6 on reads; the two names say which tokens it is for.
 
     ``sae``: the autoencoder, or the state dict of one with relu.
     """
@@ -119,7 +129,7 @@ def write_saelens(folder: str | Path, sae, model_name: str, hook_name: str) -> N
     save_json(Path(folder) / "cfg.json", {
         "d_in": d_model, "d_sae": n_latents, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"model_name": model_name, "hook_name": hook_name}}
+        "metadata": {"sae_lens_version": "6.0.0", "model_name": model_name, "hook_name": hook_name}}
         | variant.get(activation, {"architecture": "jumprelu"}))
     save_tensors(Path(folder) / "sae_weights.safetensors", tensors)
 
@@ -136,105 +146,124 @@ def _parts(sae) -> tuple[dict[str, torch.Tensor], str, int]:
 
 # What is in a folder
 
-def _find(path: Path) -> tuple[str, Path, dict]:
-    """Name of the format, the file of weights, and the settings beside it."""
-    beside = {"sae.safetensors": "config.json", "sae_weights.safetensors": "cfg.json"}.get(path.name)
-    if beside and path.is_file() and {"activation", "architecture"} & set(_lenient(path.with_name(beside))):
-        return _find(path.parent)  # the file of a folder that says what its activation is
+def _weights_file(path: Path) -> Path:
+    """The file of weights of an autoencoder's folder; a file is one itself."""
     if path.is_file():
-        return ("safetensors file" if path.suffix == ".safetensors" else "torch file"), path, {}
+        return path
     if not path.is_dir():
         raise FileNotFoundError(f"There is no autoencoder at {path}; train one in notebook 01.")
-    if (path / "cfg.json").is_file():
-        return "SAELens folder", path / "sae_weights.safetensors", _saelens_settings(path / "cfg.json")
-    if (path / "final").is_dir():
-        return _find(path / "final")
-    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_ENDINGS and not p.name.startswith(NOT_THE_MODEL))
     own, plain = path / "sae.safetensors", path / "model.safetensors"
-    if (path / "config.json").is_file() and (own.is_file() or not files or "d_model" in _lenient(path / "config.json")):
-        settings = load_json(path / "config.json", "d_model", "n_latents")
-        return OWN_FORMAT, plain if plain.is_file() else own, settings
+    if (path / "cfg.json").is_file():
+        return path / "sae_weights.safetensors"
+    if own.is_file() or "d_model" in _json(path / "config.json"):
+        return plain if plain.is_file() else own
+    if (path / "final").is_dir():
+        return _weights_file(path / "final")
+    files = sorted(p for p in path.iterdir() if p.suffix in WEIGHT_ENDINGS and not p.name.startswith(NOT_THE_MODEL))
     if len(files) != 1:
         raise FileNotFoundError(f"{path} holds {len(files)} files of weights where one is needed; give the path of the "
                                 "autoencoder's own file or folder.")
-    _plain_relu(path)
-    return "FastSAE folder", files[0], {}
+    return files[0]
+
+
+def _settings(file: Path, content: dict) -> tuple[str, dict]:
+    """Name of the format, and what is said in the file or beside it: sizes, activation and k, a hash."""
+    beside = file.with_name(SETTINGS_OF.get(file.name, "config.json"))
+    if file.name in SETTINGS_OF and not beside.is_file():
+        raise FileNotFoundError(f"{file} lies without its {beside.name}, which says what it computes; put the two into "
+                                "one folder.")
+    if file.suffix == ".safetensors" and (cfg := file.with_name("cfg.json")).is_file():
+        return "SAELens folder", _saelens_settings(cfg)
+    if file.name in SETTINGS_OF or file.name == "model.safetensors" and "d_model" in _json(beside):
+        return OWN_FORMAT, load_json(beside, "d_model", "n_latents")
+    if file.suffix != ".safetensors" and {"cfg", "config"} & set(content):
+        said = content.get("cfg", content.get("config"))
+        said = said if isinstance(said, dict) else {}
+        return "torch file", _plain(said, OFFICIAL_PLAIN, file)
+    return _fastsae_settings(file)
 
 
 def _saelens_settings(path: Path) -> dict:
-    settings = load_json(path, "d_in", "d_sae")
-    for key, allowed in SAELENS_PLAIN.items():
-        if key in settings and settings[key] not in allowed:
-            raise ValueError(f"{path} says {key} = {settings[key]!r}, which this package does not compute; choose an "
-                             f"autoencoder with {key} = {allowed[0]!r}.")
+    settings = _plain(load_json(path, "d_in", "d_sae"), SAELENS_PLAIN, path)
     said = {settings.get(key) for key in ("architecture", "activation_fn", "activation_fn_str")}
     if {"topk", "jumprelu"} <= said:
         raise ValueError(f"{path} says both topk and jumprelu, which this package does not compute; choose an "
                          "autoencoder with one of them.")
     activation = next((name for name in ("topk", "jumprelu") if name in said), "relu")
+    if settings.get("rescale_acts_by_decoder_norm") and activation != "topk":
+        raise ValueError(f"{path} rescales latents by the decoder's norm without being topk, which this package does "
+                         "not compute; choose an autoencoder that does not.")
     more = settings.get("activation_fn_kwargs")  # where versions before 6 keep k
     return (more if isinstance(more, dict) else {}) | settings | {"activation": activation}
 
 
-def _plain_relu(folder: Path) -> None:
-    """FastSAE can train with other activations; a file of settings beside the weights says so."""
-    for path in sorted(folder.glob("*.json")):
-        if (name := _lenient(path).get("activation_name", "relu")) != "relu":
-            raise ValueError(f"{path} says activation_name = {name!r}, which this package does not compute; choose an "
-                             "autoencoder with relu.")
+def _fastsae_settings(file: Path) -> tuple[str, dict]:
+    """What FastSAE's settings beside the weights say; other files beside them are not its settings."""
+    folders = [file.parent.parent, file.parent] if file.parent.name == "final" else [file.parent]
+    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
+        said = _json(path)
+        if {"activation_name", "d_sae_factor"} & set(said):
+            sizes = [said.get(key) for key in ("d_in", "d_sae_factor")]
+            if all(isinstance(size, int) for size in sizes):
+                said |= {"d_sae": sizes[0] * sizes[1]}
+            return "FastSAE folder", _plain(said, FASTSAE_PLAIN, path)
+    return f"{'safetensors' if file.suffix == '.safetensors' else 'torch'} file", {}
 
 
-def _lenient(path: Path) -> dict:
-    """A JSON file of somebody else's: its settings, or none where it holds something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+def _plain(settings: dict, allowed: dict[str, tuple], path: Path) -> dict:
+    """Settings that say nothing but what this package computes."""
+    for key, values in allowed.items():
+        if key in settings and (torch.is_tensor(settings[key]) or settings[key] not in values):
+            raise ValueError(f"{path} says {key} = {settings[key]!r:.80}, which this package does not compute; choose "
+                             f"an autoencoder with {key} = {values[0]!r}.")
+    return settings
+
+
+def _json(path: Path) -> dict:
+    """The settings in a file of somebody else's: none where it is not there or holds something else."""
+    content = parse_json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 
-def _from_torch(file: Path) -> dict:
-    """The state dict in a torch file: the file itself, or its entry ``state_dict``."""
-    content = read_foreign(file)
-    inner = content.get("state_dict", content)
-    if not isinstance(inner, dict):
-        raise ValueError(f"{file} has no dictionary as its state_dict; give the file of an autoencoder.")
-    return inner
+# What is in a file
 
-
-def _threshold_of(activation: str, form: str) -> dict[str, bool]:
-    """Name of the threshold that an activation has in a format, if any, and whether there is one for each latent."""
+def _checked(stored: dict, file: Path, activation: str, form: str) -> dict[str, torch.Tensor]:
+    """The four tensors and, where the activation has one, the threshold: floating point, of shapes that fit."""
+    thresholds = {}  # name in this format, and whether there is one for each latent
     if activation == "jumprelu":
-        return {"log_threshold" if form == OWN_FORMAT else "threshold": True}
-    return {"threshold": False} if activation in BATCHED else {}
-
-
-def _checked(stored: dict, file: Path, threshold: dict[str, bool]) -> dict[str, torch.Tensor]:
-    """The four tensors and the threshold, whatever stands before their names; types, shapes and values are checked."""
-    found = {name: _only(stored, name, file) for name in (*NAMES, *threshold)}
-    if not threshold and {str(key).split(".")[-1] for key in stored} & set(THRESHOLDS):
-        raise ValueError(f"{file} has thresholds, so that it is not of an autoencoder with relu; give the folder that "
-                         "says what it is.")
+        thresholds = {"log_threshold" if form == OWN_FORMAT else "threshold": True}
+    elif activation in BATCHED:
+        thresholds = {"threshold": False}
+    found = _named(stored, (*NAMES, *thresholds), activation, file)
     shapes = {name: list(tensor.shape) for name, tensor in found.items()}
     d_model, n_latents = found["b_dec"].numel(), found["b_enc"].numel()
     wanted = dict(zip(NAMES, ([d_model, n_latents], [n_latents], [n_latents, d_model], [d_model])))
-    wanted |= {name: [n_latents] if each else [] for name, each in threshold.items()}
+    wanted |= {name: [n_latents] if each else [] for name, each in thresholds.items()}
     if shapes != wanted or 0 in (d_model, n_latents):
         raise ValueError(f"{file} has tensors of the shapes {shapes}, which do not go together; fetch it again.")
     if bad := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{file} has {bad[0]} as {found[bad[0]].dtype}, not as floating point; fetch it again.")
-    if bad := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{file} has values that are not finite in {bad[0]}; fetch or train it again.")
     return found
 
 
-def _only(stored: dict, name: str, file: Path) -> torch.Tensor:
-    """The one tensor of a name."""
-    keys = [k for k in stored if isinstance(k, str) and k.split(".")[-1] == name and torch.is_tensor(stored[k])]
-    if len(keys) != 1:
-        raise ValueError(f"{file} has {len(keys)} tensors called {name} where one is needed; give the file of an "
+def _named(stored: dict, names: tuple[str, ...], activation: str, file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of these names, whatever stands before all of them; beside them there may be counters alone, since
+    other weights (a gate, thresholds, a scale) make another function of them."""
+    before = [str(key).removesuffix("W_enc") for key in stored if str(key).split(".")[-1] == "W_enc"]
+    if len(before) != 1:
+        raise ValueError(f"{file} has {len(before)} tensors called W_enc where one is needed; give the file of an "
                          "autoencoder.")
-    return stored[keys[0]]
+    tensors = {str(key).removeprefix(before[0]): value for key, value in stored.items()
+               if torch.is_tensor(value) and str(key).startswith(before[0])}
+    weights = {name for name, tensor in tensors.items() if "." not in name and tensor.is_floating_point()}
+    if "scaling_factor" in weights and (tensors["scaling_factor"] == 1).all():
+        weights.remove("scaling_factor")
+    if missing := [name for name in names if name not in tensors]:
+        raise ValueError(f"{file} has no tensor called {missing[0]}; give the file of an autoencoder.")
+    if others := sorted(weights.difference(names)):
+        raise ValueError(f"{file} has {others[0]:.80}, which is not of an autoencoder with {activation}; give the "
+                         "folder that says what it is, or choose another autoencoder.")
+    return {name: tensors[name] for name in names}
 
 
 def checked_k(activation: str, k: int, n_latents: int) -> int:
@@ -247,22 +276,35 @@ def checked_k(activation: str, k: int, n_latents: int) -> int:
     return k if activation in FIXED else 0
 
 
-def _checked_k(activation: str, k, tensors: dict[str, torch.Tensor], file: Path) -> int:
-    try:
-        return checked_k(activation, k, len(tensors["b_enc"]))
-    except ValueError as error:
-        raise ValueError(f"The settings of {file} are wrong: {error}") from None
-
-
-def _agrees(tensors: dict[str, torch.Tensor], settings: dict, file: Path) -> bool:
+def _agrees(settings: dict, tensors: dict[str, torch.Tensor], own: str, file: Path) -> bool:
     """Whether the settings state a hash of the weights; sizes and hash that they state must be the weights' own."""
     d_model, n_latents = tensors["W_enc"].shape
     stated = (settings.get("d_model", settings.get("d_in", d_model)),
               settings.get("n_latents", settings.get("d_sae", n_latents)))
     if stated != (d_model, n_latents):
-        raise ValueError(f"{file} is of width {d_model} with {n_latents} latents, but the settings beside it say "
-                         f"{stated[0]} and {stated[1]}; fetch or train it again.")
-    if settings.get("hash", own := sae_hash(tensors, settings["activation"], settings["k"])) != own:
+        raise ValueError(f"{file} is of width {d_model} with {n_latents} latents, but its settings say "
+                         f"{stated[0]!r:.80} and {stated[1]!r:.80}; fetch or train it again.")
+    if settings.get("hash", own) != own:
         raise ValueError(f"{file} does not have the hash that stands beside it: it is damaged or another file; "
                          "fetch or train it again.")
     return "hash" in settings
+
+
+def _finite(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{file} has values that are not finite in {bad[0]}; fetch or train it again.")
+    return tensors
+
+
+def _converted(tensors: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:
+    """The same function in the parameters of this package, where SAELens has others."""
+    if settings.get("apply_b_dec_to_input") is False:  # its encoder is not centred: relu(z W_enc + b_enc)
+        tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+    if settings.get("rescale_acts_by_decoder_norm"):  # latents count by what they add, h_s ||W_dec[s]||
+        norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)  # as SAELens has it
+        tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms,
+                    "W_dec": tensors["W_dec"] / norms[:, None]}
+    if settings.get("activation") == "jumprelu" and "threshold" in tensors:  # one of 0 or less is relu
+        tiny = torch.finfo(torch.float32).tiny
+        tensors["log_threshold"] = tensors.pop("threshold").clamp_min(tiny).log()
+    return tensors
