@@ -5,6 +5,10 @@ import pandas as pd
 import pytest
 from conftest import one_sentence
 
+from patchsae import open_study
+from patchsae.studies import adaptation_sweep, recovery_sweep, sweep
+from patchsae.studies.adapt import adapted_model, kept_folder
+from patchsae.studies.study import committed_folder
 from patchsae.studies.tables import Group, fill, read
 from patchsae.weights.files import result_key
 
@@ -100,3 +104,15 @@ def test_a_damaged_table_is_one_sentence(files):
     with pytest.raises(ValueError, match="cannot be read") as error:
         fill(files, groups_of("a", []))
     assert one_sentence(error.value)
+
+
+def test_the_committed_tables_and_models_are_those_of_the_mini_profile():
+    """What is committed is found under its keys: with these settings nothing is computed or trained again."""
+    study = open_study("mini")
+    shown = [*recovery_sweep.tables(study), *adaptation_sweep.tables(study).values(), sweep.table2(study, pd.DataFrame())]
+    assert [table.attrs for table in shown] == [{"current": True, "note": ""}] * 7
+    small = [recipe for recipe in adaptation_sweep.recipes(study)["accuracy"] if recipe.method in adaptation_sweep.KEPT]
+    assert len(small) == 54 and all(kept_folder(recipe).parent.parent == study.profile.data_dir for recipe in small)
+    far = adapted_model(small[0]._replace(task="aerial")).tower
+    for profile, clip in [(study.profile, study.clip), (study.next_seed().profile, study.clip), (study.profile, far)]:
+        assert (committed_folder(profile, clip) / "sae.safetensors").is_file()

@@ -24,7 +24,7 @@ from patchsae.config import MethodSettings
 from patchsae.data.datasets import Subset, own_template
 from patchsae.data.images import Images
 from patchsae.maple import MaPLe, new_maple
-from patchsae.studies.study import Study, fingerprint
+from patchsae.studies.study import Study
 from patchsae.weights.files import load_tensors, result_key, save_tensors
 from patchsae.world.probes import image_embeddings, logistic_weights
 
@@ -115,11 +115,10 @@ def adapt(recipe: Recipe) -> Adapted:
 
 def adaptation_key(recipe: Recipe) -> str:
     """What an adapted model is kept under: everything that decides it."""
-    shared = dataclasses.asdict(recipe.study.profile.adaptation)
-    for undecided in ("tasks", "seeds", "images"):
-        del shared[undecided]
+    s = recipe.study.profile.adaptation
+    shared = {"shots": s.shots, "n_prompts": s.n_prompts, "depth": s.depth, "augment": s.augment}
     trained = recipe.method not in ("linear probe", "zero-shot", UNTRAINED)
-    return result_key(VERSION, clip=fingerprint(recipe.study.clip), images=fingerprint(recipe.train), task=recipe.task,
+    return result_key(VERSION, clip=recipe.study.clip_key, images=recipe.train.fingerprint(), task=recipe.task,
                       method=recipe.method, seed=recipe.seed, classes=recipe.classes, adaptation=shared,
                       settings=dataclasses.asdict(recipe.settings) if trained else {})
 

@@ -188,7 +188,7 @@ def _key(name: str, recipe: Recipe) -> str:
         "autoencoder": fingerprint(study.sae), "layer": study.clip.block(study.layer), "tau": p.latents.tau,
         "images": min(p.adaptation.images, len(recipe.train))}
     return result_key(VERSION, table=name, model=adaptation_key(recipe), **read_with,
-                      tests=[fingerprint(study.images(task, "test")) for task in tasks])
+                      tests=[study.images(task, "test").fingerprint() for task in tasks])
 
 
 def farthest_task(latents: pd.DataFrame, seed: int) -> str:

@@ -28,7 +28,7 @@ from patchsae.studies.recovery import (
     resamples,
     shared_concepts,
 )
-from patchsae.studies.study import Study, fingerprint, trained_sae
+from patchsae.studies.study import Study, trained_sae
 from patchsae.studies.sweep import ACTIVATIONS, seeds
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.weights.files import result_key
@@ -130,14 +130,14 @@ def groups(study: Study) -> list[Group]:
     def read_at(layer: int) -> list[Split]:
         return splits(study if layer == study.layer else study.variant(study.profile.at_layer(layer)))
 
-    scenes = [[fingerprint(ds), n] for ds, n in _scenes(study)]
+    scenes = [[ds.fingerprint(), n] for ds, n in _scenes(study)]
     found = []
     for configuration, changed in variants(study.profile).items():
         for seed in seeds(study.profile):
             variant = study.variant(dataclasses.replace(changed, seed=seed))
             for method, make in methods(configuration, variant).items():
                 if seed == study.profile.seed or method not in ONCE:
-                    key = result_key(VERSION, method=method, clip=fingerprint(study.clip), scenes=scenes,
+                    key = result_key(VERSION, method=method, clip=study.clip_key, scenes=scenes,
                                      settings=variant.profile.sae_settings(), draws=study.profile.seed)
                     compute = functools.partial(_rows, make, read_at, variant.layer, study.profile.seed)
                     found.append(Group({"configuration": configuration, "method": method, "seed": seed}, key, compute))

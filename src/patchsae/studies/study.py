@@ -15,6 +15,7 @@ from patchsae.data.masked import masks_folder
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.sae import SparseAutoencoder
 from patchsae.train import new_sae, run_key, train_sae
+from patchsae.weights.files import result_key
 
 #: What stands in the place of a comparison with an autoencoder trained in another way.
 GIVEN = "The autoencoder's weights were given, so that none is trained like it in another way: left out."
@@ -64,9 +65,16 @@ class Study:
         return self.statistics(self.sae, self.train)
 
     @functools.cached_property
-    def text(self) -> torch.Tensor:
-        """Text features of the task's classes, ``[C,P]``."""
+    def text(self) -> torch.Tensor | None:
+        """Text features of the task's classes, ``[C,P]``; None of a model without a tokenizer."""
+        if self.clip.tokenizer is None:
+            return None
         return class_prototypes(self.clip, self.test.class_names, templates(self.profile, self.profile.data.task))
+
+    @functools.cached_property
+    def clip_key(self) -> str:
+        """What decides the tokens of an image: weights and preprocessing."""
+        return result_key(1, weights=fingerprint(self.clip), preprocessing=self.clip.preprocessing())
 
     def training(self) -> tuple[SparseAutoencoder, pd.DataFrame | None]:
         """Train the profile's autoencoder now and here, or go on with what was begun: it and its log. Where the
@@ -133,9 +141,9 @@ def open_study(profile: Profile | str | None = None) -> Study:
 
 
 @functools.lru_cache(maxsize=64)
-def fingerprint(model_or_data: Clip | Images) -> str:
-    """Its hash, computed once: that of a ViT-B/16 takes a second, that of ImageNet's files several."""
-    return model_or_data.fingerprint()
+def fingerprint(model: Clip | SparseAutoencoder) -> str:
+    """The hash of a model that is not trained any more, computed once: that of a ViT-B/16 takes a second."""
+    return model.fingerprint()
 
 
 # Where a profile's autoencoder is ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pandas as pd
 from patchsae.config import ROOT, Profile
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.fidelity import measure
-from patchsae.studies.study import Study, committed_folder, fingerprint, run_folder, trained_sae
+from patchsae.studies.study import Study, committed_folder, run_folder, trained_sae
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.train import new_sae
 from patchsae.weights.files import result_key, write_atomically
@@ -97,8 +97,8 @@ def _groups(study: Study) -> list[Group]:
 
 def _key(study: Study) -> str:
     """What decides a row, besides its configuration."""
-    return result_key(VERSION, clip=fingerprint(study.clip), settings=study.profile.sae_settings(),
-                      images=fingerprint(study.test), templates=study.profile.model.templates)
+    return result_key(VERSION, clip=study.clip_key, settings=study.profile.sae_settings(),
+                      images=study.test.fingerprint(), templates=study.profile.model.templates)
 
 
 def _row(name: str, study: Study) -> list[pd.DataFrame]:
