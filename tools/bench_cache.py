@@ -33,7 +33,7 @@ def stand_in() -> SimpleNamespace:
     """What writing a cache asks of a CLIP; its pixels are the number of an image, its tokens made up."""
     return SimpleNamespace(
         n_tokens=T, width=D, device=torch.device("cpu"), processor=None, fingerprint=lambda: "made up",
-        crop=SimpleNamespace(size=1, resample=0), block=lambda layer: layer,
+        preprocessing=lambda: "none", crop=None, block=lambda layer: layer,
         below=lambda pixels, layer: torch.stack([made_up(int(row)) for row in pixels[:, 0, 0, 0]]).float())
 
 

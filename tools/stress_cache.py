@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from safetensors import safe_open
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import LAYER, SIDE, random_clip_model, tiny_processor  # noqa: E402
@@ -227,8 +229,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_on_one_thread(source: Source, folder: Path) -> None:
-    """Write a cache in a forked process, which must not wait for threads that it does not have."""
+    """Write a cache in a forked process, which must neither wait for threads that it does not have nor take a lock with
+    it that others wait for, when it is killed."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
     source.write(folder)
 
 

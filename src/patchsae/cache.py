@@ -51,12 +51,7 @@ def made_of(clip: Clip | None, ds: Images | None, layer: int | None) -> dict:
     """What decides the tokens, as far as it is given: weights, what happens to pixels, block, images."""
     parts = {}
     if clip is not None:
-        levels = None
-        if clip.processor is not None:  # what normalising makes of every grey level
-            grey = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(-1, -1, -1, 3)
-            levels = hash_of(clip.normalise(grey).flatten().tolist())
-        preprocessing = {"size": clip.crop.size, "resample": int(clip.crop.resample), "levels": levels}
-        parts |= {"model": clip.fingerprint(), "preprocessing": preprocessing}
+        parts |= {"model": clip.fingerprint(), "preprocessing": clip.preprocessing()}
     if layer is not None:
         if clip is None:
             raise ValueError("Blocks are counted in a model; give the model together with the layer.")

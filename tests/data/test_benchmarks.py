@@ -194,6 +194,16 @@ def test_hub_table(tmp_path, small, monkeypatch):
     for i in range(20):
         assert ds[i].label == 9 - ds[i].image[0, 0, 0] // 9 // 2
     assert len(open_benchmark(tmp_path, "cifar100", "test", 4)) == 4
+
+    def fingerprint(source=(), images=ds.table, labels=ds.labels):
+        return benchmarks.HubDataset(images, "img", labels, ds.class_names, None, source).fingerprint()
+
+    turned = ds.table.select(range(19, -1, -1))
+    assert ds.fingerprint() == fingerprint() != fingerprint(images=turned)  # no revision is fixed: what they hold
+    assert fingerprint(["id", None, "test", "4f2a"]) == fingerprint(["id", None, "test", "4f2a"], turned)
+    assert len({fingerprint(["id", None, "test", "4f2a"]), fingerprint(["id", None, "test", "77b1"]),
+                fingerprint(["id", None, "train", "4f2a"]), fingerprint(["id", None, "test", "4f2a"], labels=1 - ds.labels),
+                fingerprint()}) == 5
     monkeypatch.setitem(TABLE, "cifar100", row | {"counts": {"train": 20, "test": 19}})
     for split, error in (("test", ValueError), ("train", FileNotFoundError)):
         with pytest.raises(error) as caught:

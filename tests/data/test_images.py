@@ -1,5 +1,8 @@
 """Images in files: CLIP's own preprocessing, every kind of file, damage that is counted and does not stop a pass."""
 
+import os
+import pickle
+import shutil
 import warnings
 
 import numpy as np
@@ -125,6 +128,7 @@ def test_five_hundred_damaged_images_are_one_sentence_or_an_image(tmp_path):
 
 def folder(tmp_path, n, bad=()) -> FileDataset:
     """Small images of two classes; those in ``bad`` are no images, one of them is missing."""
+    tmp_path.mkdir(exist_ok=True)
     files = []
     for i in range(n):
         path = tmp_path / f"{i:04}.png"
@@ -187,6 +191,33 @@ def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
     computed = list(TrainingTokens(clip, ds, LAYER).batches(rows))
     assert [len(z) for z in kept] == [len(z) for z in computed] == [2, 2]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, computed))
+
+
+# What a data set is known by
+
+def test_a_data_set_is_known_by_what_its_files_hold(tmp_path):
+    ds = folder(tmp_path / "one", 6)
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    files = [(tmp_path / "two" / path.name, label) for path, label in ds.files]
+    for i, (path, label) in enumerate(files):
+        files[i] = path.rename(path.with_name(f"{9 - i} renamed.png")), label
+        os.utime(files[i][0], (i, i))
+
+    def fingerprint(files=files, names=ds.class_names, size=SIDE):
+        return FileDataset(tmp_path / "two", files, names, size).fingerprint()
+
+    assert fingerprint() == ds.fingerprint()
+    relabelled, other = [(files[0][0], 1), *files[1:]], [*files[:5], (tmp_path / "two" / "none.png", 1)]
+    different = {ds.fingerprint(), fingerprint(files[::-1]), fingerprint(files[:5]), fingerprint(relabelled),
+                 fingerprint(names=("a", "b")), fingerprint(size=8), fingerprint(other)}
+    assert len(different) == 7
+
+
+def test_a_fingerprint_is_computed_once(tmp_path, monkeypatch):
+    ds = folder(tmp_path, 3)
+    first = ds.fingerprint()
+    monkeypatch.setattr("patchsae.data.images.file_hashes", None)
+    assert ds.fingerprint() == first and pickle.loads(pickle.dumps(ds)).fingerprint() == first
 
 
 def test_in_turn():

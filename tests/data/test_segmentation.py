@@ -48,7 +48,7 @@ def write_parts(folder):
         head = {"id": 2, "image_id": 4, "category_id": 7, "area": 64, "segmentation": [[8, 0, 15, 0, 15, 7, 8, 7]]}
         content = {"images": [{"id": 4, "file_name": "n01_5.JPEG"}], "categories": categories,
                    "annotations": [head, body]}
-        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations").mkdir(parents=True, exist_ok=True)
         (folder / "annotations" / f"{part}.json").write_text(json.dumps(content))
 
 
@@ -88,7 +88,24 @@ def test_masks_are_read_as_scenes(ds):
     np.testing.assert_array_equal(patch_coverage(ds, [0], ("noun",))[0], share.reshape(GRID**2, -1))
     assert patch_concepts(ds, [0], ("noun",)).any()
     assert concept_list(ds, ("noun",)) == [("noun", name) for name in ds.concepts["noun"]]
-    assert ds.fingerprint() == ds.fingerprint()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_images_with_masks_are_known_by_what_the_files_of_both_hold(tmp_path, name):
+    def fingerprint(folder, size=SIZE):
+        return READERS[name](folder, "train", size, GRID).fingerprint()
+
+    WRITERS[name](tmp_path / "one")
+    WRITERS[name](tmp_path / "two")
+    before = fingerprint(tmp_path / "one")
+    assert fingerprint(tmp_path / "two") == before != fingerprint(tmp_path / "one", 8)
+    entry = READERS[name](tmp_path / "two", "train", SIZE, GRID).entries[0]
+    for path in (entry.path, entry.mask):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b" ")
+        assert fingerprint(tmp_path / "two") != before
+        path.write_bytes(whole)
+        assert fingerprint(tmp_path / "two") == before
 
 
 def test_ade20k(tmp_path):

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from patchsae.weights.files import file_sha256, write_atomically
 
 NOTES = ".patchsae-hashes.json"
-#: Threads that read files, files that one of them takes at a time, and files after which the notes are written.
-THREADS, SLICE, SAVED_EVERY = 16, 256, 100_000
+#: Threads that read files, and files after which the notes are written.
+THREADS, SAVED_EVERY = 16, 50_000
 #: A file that changed less than so many nanoseconds ago may change again without another time of change: 2 s.
 SETTLED = 2 * 10**9
 
@@ -30,23 +30,25 @@ def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, str]:
 
     ``root``: the folder that keeps the notes, by paths seen from there; what was noted before an interruption stays.
     """
-    files, place = list(dict.fromkeys(files)), notes_place(root)
-    noted, hashes = _load(place), {}
-
-    def look(paths: list[Path]) -> list[tuple[str, list]]:
-        names = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
-        return [(name, _note(path, noted.get(name))) for name, path in zip(names, paths)]
-
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(files), desc="hashes of the files", delay=1) as bar:
-        for start in range(0, len(files), SAVED_EVERY):
-            some, new, now = files[start:start + SAVED_EVERY], {}, time.time_ns()
-            slices = [some[i:i + SLICE] for i in range(0, len(some), SLICE)]
-            for paths, notes in zip(slices, pool.map(look, slices)):
-                hashes |= {path: note[2] for path, (_, note) in zip(paths, notes)}
-                new |= {name: note for name, note in notes if note != noted.get(name) and 0 < note[1] < now - SETTLED}
-                bar.update(len(paths))
-            if new:
-                _save(place, new)
+    place, hashes, unknown = notes_place(root), {}, {}
+    noted = _load(place)
+    for path in dict.fromkeys(files):
+        name, state = _name(root, path), _state(path)
+        note = noted.get(name)
+        if note and note[:2] == state:
+            hashes[path] = note[2]
+        else:
+            unknown[path] = name, state
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(unknown), desc="hashes of the files", delay=1) as bar:
+        for start in range(0, len(unknown), SAVED_EVERY):
+            now, paths = time.time_ns(), list(unknown)[start:start + SAVED_EVERY]
+            new = {}
+            for path, digest in zip(paths, pool.map(_digest, paths)):
+                hashes[path], (name, state) = digest, unknown[path]
+                if digest and state and state[1] < now - SETTLED:
+                    new[name] = [*state, digest]
+                bar.update()
+            _save(place, new)
     return hashes
 
 
@@ -58,15 +60,26 @@ def notes_place(root: Path) -> Path:
     return cache / "patchsae" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}{NOTES}"
 
 
-def _note(path: Path, noted: list | None) -> list:
-    """Size, time of change and hash of a file; what was noted of it where it is still the same file."""
+def _name(root: Path, path: Path) -> str:
+    """A path seen from a folder, which it mostly lies in."""
+    within, prefix = str(path), f"{root}{os.sep}"
+    return within.removeprefix(prefix) if within.startswith(prefix) else os.path.relpath(path, root)
+
+
+def _state(path: Path) -> list[int]:
+    """Size and time of change of a file; nothing where it is missing."""
     try:
-        stat = path.stat()
-        if noted and noted[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return noted
-        return [stat.st_size, stat.st_mtime_ns, file_sha256(path)]
+        stat = os.stat(path)
     except OSError:
-        return [0, 0, ""]
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError:
+        return ""
 
 
 def _load(place: Path) -> dict[str, list]:
