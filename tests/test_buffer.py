@@ -8,16 +8,18 @@ import torch
 from conftest import one_sentence
 
 import patchsae.activations
+import patchsae.fast.pools
 from patchsae import ArrayDataset
-from patchsae.activations import TrainingTokens, epoch_rows, pool_spans, shuffled_tokens
+from patchsae.activations import TrainingTokens, epoch_rows
 from patchsae.config import load_profile
 from patchsae.data.images import Unreadable
+from patchsae.fast.pools import pool_spans, shuffled_tokens
 from patchsae.train import training_batches
 
 
 @pytest.mark.parametrize("n, per_image, size", [(10, 3, 7), (5, 1, 12), (8, 4, 32), (9, 2, 1)])
 def test_spans_walk_through_all_pools_of_all_epochs(monkeypatch, n, per_image, size):
-    monkeypatch.setattr(patchsae.activations, "POOL_IMAGES", 4)
+    monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 4)
     seen = [span for step in range(40) for span in pool_spans(step * size, (step + 1) * size, n, per_image)]
     assert sum(stop - start for *_, start, stop in seen) == 40 * size
     place = (0, 0, 0)  # epoch, pool, and how far in it
@@ -31,8 +33,8 @@ def test_spans_walk_through_all_pools_of_all_epochs(monkeypatch, n, per_image, s
 @pytest.fixture
 def marked(clip, monkeypatch):
     """Tokens that say which image and place they are of: ``image + place / 100`` in every coordinate."""
-    monkeypatch.setattr(patchsae.activations, "POOL_IMAGES", 6)
-    monkeypatch.setattr(patchsae.activations, "FILL_IMAGES", 4)
+    monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 6)
+    monkeypatch.setattr(patchsae.fast.pools, "FILL_IMAGES", 4)
     ds = ArrayDataset(torch.zeros(23, 3, 16, 16), np.zeros(23, int))
     tokens = TrainingTokens(clip, ds, -2)
     numbers = torch.arange(23)[:, None, None] + torch.arange(clip.n_tokens)[None, :, None] / 100
@@ -76,7 +78,7 @@ class Damaged(ArrayDataset):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_tokens_of_unreadable_images_are_left_out(clip, monkeypatch, kept):
-    monkeypatch.setattr(patchsae.activations, "POOL_IMAGES", 6)
+    monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 6)
     monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 1)
     if not kept:
         monkeypatch.setattr(patchsae.activations, "MEMORY", 0)
@@ -95,7 +97,7 @@ def test_a_training_on_shuffled_tokens_resumes_to_the_same_bytes(clip, tmp_path,
 
     from patchsae.train import train_sae
 
-    monkeypatch.setattr(patchsae.activations, "POOL_IMAGES", 5)
+    monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 5)
     monkeypatch.setattr(patchsae.activations, "MEMORY", 0)
     profile = load_profile("mini").with_sae(
         expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2, shuffle="tokens"
@@ -118,7 +120,7 @@ def test_batches_of_whole_images_and_of_shuffled_tokens_have_as_many_tokens(clip
 
 
 def test_a_batch_that_cannot_be_shared_is_one_sentence(clip, pixel_data, monkeypatch):
-    monkeypatch.setattr(patchsae.activations.processes, "count", lambda: 3)
+    monkeypatch.setattr(patchsae.fast.pools.processes, "count", lambda: 3)
     with pytest.raises(ValueError) as error:
         next(training_batches(load_profile("mini"), clip, pixel_data, range(2)))
     assert one_sentence(error.value) and "3" in str(error.value)

@@ -9,8 +9,8 @@ from conftest import one_sentence, random_sae
 from scipy.optimize import minimize
 
 from patchsae import SparseAutoencoder, sae_loss
+from patchsae.fast.medians import geometric_median, initial_b_dec
 from patchsae.studies.variance import Variance
-from patchsae.train import geometric_median, initial_b_dec
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 

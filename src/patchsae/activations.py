@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -19,7 +18,6 @@ from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
 from patchsae.data.datasets import ArrayDataset
 from patchsae.data.images import Images, LostWorker, Unreadable
-from patchsae.fast import processes
 
 #: Tokens of a training set are kept in memory up to this size: 1 GiB.
 MEMORY = 2**30
@@ -27,9 +25,6 @@ MEMORY = 2**30
 MOST_WORKERS = 16
 #: Share of a data set's images that may be unreadable, one image in any case; a pass goes on over them and counts them.
 MOST_UNREADABLE = 1e-3
-#: Images whose tokens are shuffled with each other: two such pools are in memory, one that training draws from and one
-#: that is being filled, so many images at a time.
-POOL_IMAGES, FILL_IMAGES = 1024, 128
 
 
 # One pass -----------------------------------------------------------------------------------------------
@@ -203,18 +198,6 @@ def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray
     return np.array([epoch_rows(n, int(p // n), seed)[p % n] for p in places])
 
 
-def pool_spans(first: int, last: int, n: int, tokens: int) -> Iterator[tuple[int, int, int, int]]:
-    """Where the tokens ``first`` to ``last`` of an endless sequence of epochs lie: epoch, pool, and from where to where
-    in the shuffled pool; each of n images has ``tokens`` tokens."""
-    while first < last:
-        epoch, place = divmod(first, n * tokens)
-        pool, start = divmod(place, POOL_IMAGES * tokens)
-        size = min(POOL_IMAGES, n - pool * POOL_IMAGES) * tokens
-        stop = min(size, start + last - first)
-        yield epoch, pool, start, stop
-        first += stop - start
-
-
 class TrainingTokens:
     """Image tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
 
@@ -261,58 +244,3 @@ class TrainingTokens:
 def training_tokens(clip: Clip, ds: Images, layer: int, bf16: bool = False, cache=None) -> TrainingTokens:
     """The tokens of a model and data set at a layer; the last ones asked for are kept."""
     return TrainingTokens(clip, ds, layer, bf16, cache)
-
-
-def ahead(items: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """The same tensors; on a GPU the next one is computed on a second stream while this one is used."""
-    if device.type != "cuda":
-        yield from items
-        return
-    stream, items = torch.cuda.Stream(device), iter(items)
-
-    def begin():
-        # What the next one is made of may still be on its way in the first stream.
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            return next(items, None)
-
-    coming = begin()
-    while coming is not None:
-        now = coming
-        torch.cuda.current_stream(device).wait_stream(stream)
-        now.record_stream(torch.cuda.current_stream(device))
-        coming = begin()
-        yield now
-
-
-def shuffled_tokens(tokens: TrainingTokens, steps: range, batch_images: int, seed: int,
-                    cls: bool = False) -> Iterator[torch.Tensor]:
-    """Each step's tokens, as many as ``batch_images`` images have, drawn from pools of many images: ``[N,D]``.
-
-    Of several processes each shuffles the tokens of its own share of the images.
-    """
-    mine, per_image = processes.share(len(tokens.ds)), 1 if cls else tokens.clip.n_tokens
-    size = batch_images * per_image
-    spans = [list(pool_spans(step * size, (step + 1) * size, len(mine), per_image)) for step in steps]
-    wanted = dict.fromkeys(span[:2] for step in spans for span in step)
-    pools = ahead((_pool(tokens, mine, *which, seed, per_image) for which in wanted), tokens.clip.device)
-    here, pool = None, None
-    for step in spans:
-        parts = []
-        for *which, start, stop in step:
-            if which != here:
-                here, pool = which, next(pools)
-            parts.append(pool[start:stop])
-        z = torch.cat(parts)
-        yield z[:, :-1][z[:, -1] > 0] if tokens.ds.unreadable else z[:, :-1]
-
-
-def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int, per_image: int) -> torch.Tensor:
-    """The shuffled tokens of one pool, ``[P*T,D+1]``: behind each token a 1, or a 0 where its image cannot be read."""
-    rows = mine.start + epoch_rows(len(mine), epoch, seed)[pool * POOL_IMAGES:(pool + 1) * POOL_IMAGES]
-    parts = tokens.batches(np.array_split(rows, -(-len(rows) // FILL_IMAGES)))
-    z = torch.cat([F.pad(part[:, :per_image], (0, 1), value=1.0) for part in parts])
-    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in tokens.ds.unreadable], device=z.device)
-    z = z.new_zeros(len(rows), *z.shape[1:]).index_copy_(0, read, z)
-    order = np.random.default_rng([seed, epoch, pool]).permutation(len(rows) * per_image)
-    return z.flatten(0, 1)[torch.from_numpy(order).to(z.device)]

@@ -16,6 +16,7 @@ from patchsae.data.adapters import as_images
 from patchsae.data.images import Images, hash_of
 from patchsae.fast import onednn, processes
 from patchsae.fast.encoder import Encoder
+from patchsae.fast.share import Share
 from patchsae.sae import SparseAutoencoder
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors
 
@@ -105,7 +106,7 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
     """
     _check(tau, n_reference, tokens)
     ds = as_images(ds)
-    mine = _Part(ds, batch_images) if processes.count() > 1 else ds
+    mine = Share(ds, batch_images) if processes.count() > 1 else ds
     running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
     encoder, ids, labels, rows = Encoder(sae), [], [], []
     with torch.no_grad(), onednn.Linears():
@@ -155,29 +156,6 @@ def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, 
             statistics.save(folder)
         processes.wait()
     return LatentStatistics.load(folder)
-
-
-class _Part(Images):
-    """This process's part of a data set: whole batches, so that each has the bits it would have in one process."""
-
-    def __init__(self, ds, batch_images: int):
-        batches = processes.share(-(-len(ds) // batch_images))
-        self.ds, self.rows = ds, range(len(ds))[batches.start * batch_images:batches.stop * batch_images]
-        self.from_files = ds.from_files
-        super().__init__(ds.labels[self.rows.start:self.rows.stop], ds.class_names)
-
-    def __getitem__(self, i: int):
-        return self.ds[self.rows[i]]
-
-    def places(self, rows) -> list[int]:
-        """Positions in the whole data set of positions in this part."""
-        return [self.rows[i] for i in rows]
-
-    def tell_unreadable(self) -> None:
-        """Note in the data set what no process could read; each has made sure that its own are few enough."""
-        found = dict(zip(self.places(self.unreadable), self.unreadable.values()))
-        for part in processes.gathered(found):
-            self.ds.unreadable.update(part)
 
 
 class _Running:
