@@ -17,13 +17,14 @@ import patchsae
 ROOT = Path(__file__).resolve().parents[2]
 #: What a user of the library does. The packages that only extras bring cannot be imported here.
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
 sys.modules |= dict.fromkeys(sys.argv[3].split())
 import numpy as np, torch
 import patchsae
 from patchsae import *
 from patchsae import config
+from patchsae.fast import processes
 
 installed, folder = map(Path, sys.argv[1:3])
 assert Path(patchsae.__file__).is_relative_to(installed), patchsae.__file__
@@ -41,6 +42,12 @@ text = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
 table = topk_masking(clip, sae, images, latents, text, -2, ks=[1, 2])
 assert len(table) == 3 * len(['original', 'spliced', 1, 2, -1, -2]), table
 assert load_profile("mini").run_dir == Path.cwd() / "data" / "mini" / "run" == config.ROOT / "data" / "mini" / "run"
+processes.join()
+os.environ["WORLD_SIZE"] = "2"
+try:
+    processes.join()
+except OSError as error:
+    assert str(error).endswith("pip install 'patchsae[scale]'.")
 """
 
 
