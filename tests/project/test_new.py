@@ -209,7 +209,8 @@ def test_settings_fit_the_size_of_data_and_model():
     assert gpu["train_images"] == 1_281_167 and gpu["pass_images"] * 197 * 49_152 <= 2**26
 
 
-@pytest.mark.parametrize("l0, ev, words", [(11, 0.8, "usual"), (60, 0.9, "raise"), (2, 0.8, "lower"), (9, 0.3, "lower")])
+@pytest.mark.parametrize("l0, ev, words", [(11, 0.8, "usual"), (60, 0.9, "raise"), (2, 0.8, "lower"),
+                                           (9, 0.3, "lower")])
 def test_a_training_says_which_way_to_turn_lambda(l0, ev, words):
     log = pd.DataFrame({"l0": [500] * 90 + [l0] * 10, "ev": [0.0] * 90 + [ev] * 10})
     assert words in new.judgement(log, 128) and f"{l0:.1f}" in new.judgement(log, 128)
