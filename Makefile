@@ -24,15 +24,19 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb)) $(wildcard notebooks/exp
 RUNS := $(NOTEBOOKS:notebooks/%.ipynb=run-%)
 FIRST_RUN := $(filter run-01_%,$(RUNS))
 
-.PHONY: help env figures test notebooks check fetch rehearsal mini-clip mini-artifacts lab lint clean
+.PHONY: help env new figures test notebooks check fetch reset rehearsal mini-clip mini-artifacts lab lint clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 		printf '  make %-15s %s\n' "$$name" "$$text"; done
-	@echo '  Options: PROFILE=mini (default), paper or rehearsal; PYTHON=<interpreter> uses that instead of make env'
+	@echo '  Options: PROFILE=mini (default), paper or your own; PYTHON=<interpreter> uses that instead of make env'
 
 env:  ## install the environment into .venv (into .conda where conda is installed)
 	@tools/make_env.sh $(or $(ENVIRONMENT),--check "$(PYTHON)")
+
+new: | env  ## look at your images and write a profile for them (NAME= IMAGES=, and as you like MODEL= MASKS=)
+	@"$(PYTHON)" -m patchsae new "$(NAME)" --images "$(IMAGES)" $(if $(MODEL),--model "$(MODEL)") \
+		$(if $(MASKS),--masks "$(MASKS)") $(if $(YES),--yes)
 
 figures: $(RUNS)  ## recompute every figure whose code or inputs changed
 
@@ -51,6 +55,9 @@ check: | env  ## say what the profile needs, what is missing, and what it will c
 
 fetch: | env  ## download the profile's weights and images as far as the hub has them
 	"$(PYTHON)" -m patchsae fetch
+
+reset: | env  ## put data and figures back as they were committed and remove what runs left, after a question (YES=1: none)
+	@"$(PYTHON)" -B -m patchsae reset $(if $(YES),--yes)
 
 rehearsal: | env  ## run every notebook in the paper's dimensions on random weights and drawn images
 	"$(PYTHON)" -m patchsae rehearsal make

@@ -6,19 +6,24 @@ Under ``accelerate launch -m patchsae train`` and ``torchrun -m patchsae train``
 import argparse
 import sys
 
-from patchsae.data.images import LostWorker
-from patchsae.fast import processes
+
+def _new(options) -> str:
+    """look at your images and a model, and write a profile that fits them"""
+    from patchsae.project.new import run
+
+    return run(options.name, options.images, options.model, options.masks, options.yes)
 
 
 def _train(options) -> str:
     """train the profile's autoencoder and keep it where the notebooks look for it"""
+    from patchsae.project.new import judgement
     from patchsae.studies.study import open_study, run_folder
     from patchsae.train import train_sae
 
     study = open_study(options.profile)
     folder = run_folder(study.profile, study.clip)
-    train_sae(study.profile, study.clip, study.train, folder)
-    return f"The autoencoder is in {study.profile.short(folder)}"
+    log = train_sae(study.profile, study.clip, study.train, folder)[1]
+    return f"The autoencoder is in {study.profile.short(folder)}; {judgement(log, study.clip.width)}"
 
 
 def _latents(options) -> str:
@@ -59,6 +64,13 @@ def _dashboard(options) -> str:
     return run(options.profile, options.latents)
 
 
+def _reset(options) -> str:
+    """put data and figures of a profile back as they were committed, and remove what its runs left, after a question"""
+    from patchsae.project.reset import run
+
+    return run(options.profile, options.yes)
+
+
 def _rehearsal(options) -> str:
     """make random weights and images in the paper's dimensions, or report what the notebooks took with them"""
     from patchsae.project import rehearsal
@@ -80,10 +92,11 @@ def _artifacts(options) -> str:
     return run(options.profile)
 
 
-COMMANDS = {"train": _train, "latents": _latents, "cache": _cache, "check": _check, "fetch": _fetch,
-            "dashboard": _dashboard, "rehearsal": _rehearsal, "mini-clip": _mini_clip, "artifacts": _artifacts}
-#: Commands whose work processes share.
-SHARED = ("train", "latents", "cache")
+COMMANDS = {"new": _new, "train": _train, "latents": _latents, "cache": _cache, "check": _check, "fetch": _fetch,
+            "dashboard": _dashboard, "reset": _reset, "rehearsal": _rehearsal, "mini-clip": _mini_clip,
+            "artifacts": _artifacts}
+#: Commands whose work processes share, and those that are of no profile or always of the same.
+SHARED, WITHOUT_PROFILE = ("train", "latents", "cache"), ("new", "rehearsal", "mini-clip")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,7 +106,16 @@ def parser() -> argparse.ArgumentParser:
     parts = {}
     for name, run in COMMANDS.items():
         parts[name] = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        parts[name].add_argument("--profile", help="mini, paper, rehearsal or your own; by default what PROFILE says")
+        if name not in WITHOUT_PROFILE:
+            parts[name].add_argument("--profile", help="a name, or a file; by default what PROFILE says, or else mini")
+    new = parts["new"].add_argument
+    new("name", metavar="NAME", help="what the profile, its data and its figures will be called")
+    new("--images", required=True, metavar="DIR", help="DIR/<class>/, or DIR/train/<class>/ and DIR/test/<class>/")
+    new("--model", default="data/mini/clip", metavar="CLIP",
+        help="a folder, a file or a name on the hub; by default the small one, which knows drawn scenes alone")
+    new("--masks", default="", metavar="DIR", help="masks where the images would be, as the written profile explains")
+    for name, what in (("new", "write"), ("reset", "do it")):
+        parts[name].add_argument("--yes", action="store_true", help=f"{what} without asking")
     parts["cache"].add_argument("--yes", action="store_true", help="write without asking")
     parts["cache"].add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
     parts["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
@@ -106,7 +128,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and print what was done; an error that a user can mend is one sentence."""
     options = parser().parse_args(arguments)
+    # Imported here, so that help comes at once.
+    from patchsae.config import load_profile
+    from patchsae.data.images import LostWorker
+    from patchsae.fast import processes
+
     try:
+        if "profile" in options:
+            load_profile(options.profile)
         if options.command in SHARED:
             processes.join()
         said = COMMANDS[options.command](options)
