@@ -47,7 +47,8 @@ def launch(script: str, *arguments: str, n: int = 2, **more: str) -> list[tuple[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "data"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    folders = [HERE.parent, HERE.parent / "data", HERE]
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     shared = os.environ | more | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if n > 1:
         shared |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
