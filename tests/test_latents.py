@@ -481,7 +481,7 @@ import numpy as np, torch
 from patchsae import ArrayDataset, activations
 from patchsae.fast import processes
 from patchsae.clip import Clip
-from patchsae.images import FileDataset
+from patchsae.data.images import FileDataset
 from patchsae.latents import collect_latents, saved_latents
 import conftest
 
