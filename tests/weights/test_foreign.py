@@ -2,6 +2,8 @@
 
 import argparse
 import builtins
+import contextlib
+import inspect
 import io
 import os
 import pickle
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import one_sentence
 
-from patchsae.weights.foreign import Record, read_foreign
+from patchsae.weights.foreign import KNOWN, Record, read_foreign
 
 RAN = []
 
@@ -249,6 +251,18 @@ DAMAGE = {
     "attributes of a list": b"\x80\x02]}b.",
     "a million digits": b"\x80\x02I" + b"9" * 10**6 + b"\n.",
     "keys that take for ever": b"\x80\x02}K\x01" + b"2\x86" * 64 + b"K\x01s.",
+    "keys that take for ever, by memo": b"\x80\x02}K\x01" + b"q\x00h\x00\x86" * 64 + b"K\x01s.",
+    "sets that take for ever": b"\x80\x04\x8fK\x01" + b"2\x86" * 64 + b"\x90.",
+    "sizes that take for ever": b"\x80\x02}K\x01" + b"q\x000ctorch\nSize\nh\x00h\x00\x86\x85R" * 64 + b"K\x01s.",
+    "a memo of gigabytes": b"\x80\x02}r\xff\xff\xff\x7fj\xfe\xff\xff\x7f.",
+    "bytes of gigabytes": b"\x80\x05}K\x01\x96" + struct.pack("<Q", 2**45) + b"s.",
+    "text of gigabytes": b"\x80\x04}K\x01\x8d" + struct.pack("<Q", 2**45) + b"s.",
+    "a buffer from outside": b"\x80\x05}K\x01\x97s.",
+    "names without end": b"\x80\x02}" + b"".join(b"ca\nB%d\n0" % i for i in range(2000)) + b".",
+    "attributes of a function": b"\x80\x02}ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00__defaults__K\x01sb.",
+    "attributes of a class": b"\x80\x02}ca\nB\nN}X\x04\x00\x00\x00kindK\x01s\x86b.",
+    "a class that is a number": b"\x80\x02}K\x01)\x81.",
+    "bytes in a codec of its own": b"\x80\x02}K\x01c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-7\x86Rs.",
 }
 
 
@@ -258,6 +272,59 @@ def test_damaged_zip_is_one_sentence(tmp_path, name):
     with pytest.raises(ValueError) as error:
         read_foreign(path)
     assert one_sentence(error.value) and len(str(error.value)) < 400
+
+
+def test_what_stands_for_names_is_as_before_after_all_of_this(tmp_path):
+    """A file may not change what the next one means."""
+    before = dict(KNOWN), set(sys.modules)
+    for code in DAMAGE.values():
+        path = zip_with(tmp_path / "a.pt", code, {"archive/data/0": bytes(24)})
+        with pytest.raises(ValueError):
+            read_foreign(path)
+    for module in ("antigravity", "idlelib.idle", "turtledemo.clock", "torch._inductor", "patchsae.nothing"):
+        zip_with(path, b"\x80\x02}K\x01c%s\nThing\ns." % module.encode())
+        with contextlib.suppress(ValueError):
+            read_foreign(path)
+    assert (dict(KNOWN), set(sys.modules)) == before
+    zip_with(path, tensor_code(6, 0, (2, 3), (3, 1)), {"archive/data/0": bytes(24)})
+    assert same(read_foreign(path)["w"], torch.zeros(2, 3)) and inspect.signature(KNOWN[
+        "torch._utils._rebuild_tensor_v2"]).parameters["stride"].default is inspect.Parameter.empty
+
+
+class Settings(dict):
+    """Settings as some programs keep them: a dictionary with attributes."""
+
+
+def test_dictionaries_of_other_classes_and_records_in_themselves_are_read(tmp_path):
+    settings = Settings(lr=0.1, sizes=(1, 2))
+    settings.seed = 3
+    around = Settings(inner=settings)
+    around["itself"] = around
+    torch.save({"cfg": around, "twice": [settings, settings]}, tmp_path / "a.pt")
+    found = read_foreign(tmp_path / "a.pt")
+    assert found["cfg"]["itself"] is found["cfg"] and found["cfg"].kind.endswith("Settings")
+    assert found["cfg"]["inner"] == {"lr": 0.1, "sizes": (1, 2), "seed": 3} and found["twice"][0] is found["twice"][1]
+
+
+def test_things_inside_each_other_without_end(tmp_path):
+    deep = b"]" * 10**5 + b"a" * (10**5 - 1)
+    with pytest.raises(ValueError) as error:
+        read_foreign(zip_with(tmp_path / "a.pt", b"\x80\x02" + deep + b"."))
+    assert one_sentence(error.value)
+    record = b"ca\nB\n)\x81}X\x01\x00\x00\x00a"
+    deep = b"\x80\x02" + record * 10**4 + b"K\x01" + b"sb" * 10**4 + b"."
+    assert isinstance(read_foreign(zip_with(tmp_path / "a.pt", deep))["a"]["a"], Record)
+
+
+def test_tensors_take_no_more_memory_than_the_file(tmp_path):
+    """A hundred views of one memory, and one tensor under two names."""
+    views = {f"row {i}": row for i, row in enumerate(torch.arange(10_000.0).view(100, 100))}
+    views |= {"once": (ones := torch.ones(1000)), "again": ones}
+    torch.save(views, tmp_path / "a.pt")
+    found = read_foreign(tmp_path / "a.pt")
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found.values()}
+    assert sum(memory.values()) <= (tmp_path / "a.pt").stat().st_size
+    assert all(same(found[name], tensor) for name, tensor in views.items())
 
 
 def test_zip_bombs_and_paths_outside_are_refused(tmp_path):

@@ -169,6 +169,151 @@ def test_saelens_folder_with_other_equations_is_refused(tmp_path, changes):
     assert one_sentence(error.value)
 
 
+def test_latents_that_saelens_rescales_are_what_it_computes(tmp_path):
+    """By its definition: pre-activations times the norms of the decoder's rows, the k largest, divided again."""
+    w, z = values(), np.random.default_rng(5).normal(size=(9, D))
+    for lengths in (torch.ones(S), torch.rand(S, generator=torch.Generator().manual_seed(1)) + 0.1):
+        w["W_dec"] = torch.nn.functional.normalize(w["W_dec"], dim=1) * lengths[:, None]
+        save_file(w, tmp_path / "sae_weights.safetensors")
+        (tmp_path / "cfg.json").write_text(json.dumps({
+            "architecture": "topk", "k": 4, "d_in": D, "d_sae": S, "rescale_acts_by_decoder_norm": True}))
+        numbers = {name: tensor.double().numpy() for name, tensor in w.items()}
+        norms = np.linalg.norm(numbers["W_dec"], axis=1)
+        pre = ((z - numbers["b_dec"]) @ numbers["W_enc"] + numbers["b_enc"]) * norms
+        h = np.where(pre >= np.sort(pre, axis=1)[:, [-4]], np.maximum(pre, 0), 0)
+        sae = SparseAutoencoder.from_pretrained(tmp_path)
+        found = sae.encode(torch.tensor(z).float())
+        np.testing.assert_allclose(found.detach(), h, atol=1e-5)
+        z_hat = (h / norms) @ numbers["W_dec"] + numbers["b_dec"]
+        np.testing.assert_allclose(sae.decode(found).detach(), z_hat, atol=1e-5)
+    settings = {"architecture": "standard", "d_in": D, "d_sae": S, "rescale_acts_by_decoder_norm": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="rescales") as error:
+        read_sae(tmp_path)
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("name, beside", [("sae_weights.safetensors", "cfg.json"), ("sae.safetensors", "config.json")])
+def test_weights_without_the_settings_that_belong_to_them_are_refused(tmp_path, name, beside):
+    sae, z = SparseAutoencoder(D, S, activation="topk", k=3), torch.randn(5, D)
+    if beside == "cfg.json":
+        write_saelens(tmp_path, sae, "m", "h")
+    else:
+        sae.save_pretrained(tmp_path)
+    assert torch.equal(SparseAutoencoder.from_pretrained(tmp_path / name).encode(z), sae.encode(z))
+    (tmp_path / beside).write_text((tmp_path / beside).read_text()[:-9])
+    for lost in (False, True):
+        if lost:
+            (tmp_path / beside).unlink()
+        for path in (tmp_path, tmp_path / name):
+            with pytest.raises((ValueError, FileNotFoundError), match=beside) as error:
+                read_sae(path)
+            assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"normalize_activations": "layer_norm"}, {"activation_fn_str": "tanh-relu"},
+                                     {"architecture": "gated"}, {"apply_b_dec_to_input": "false"}])
+def test_a_saelens_file_means_what_its_folder_says_whatever_it_is_called(tmp_path, changes):
+    write_saelens(tmp_path, random_sae(D, S), "m", "h")
+    config = json.loads((tmp_path / "cfg.json").read_text()) | changes
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    for name in ("sae_weights.safetensors", "weights.safetensors"):
+        (tmp_path / "sae_weights.safetensors").rename(tmp_path / name)
+        with pytest.raises(ValueError, match=next(iter(changes))) as error:
+            read_sae(tmp_path / name)
+        assert one_sentence(error.value)
+        (tmp_path / name).rename(tmp_path / "sae_weights.safetensors")
+
+
+def test_a_scale_of_one_is_no_weight(tmp_path):
+    """Versions of SAELens before 6 wrote one; any other number makes another function."""
+    write_saelens(tmp_path, random_sae(D, S), "m", "h")
+    w = load_file(tmp_path / "sae_weights.safetensors")
+    for scale, read in ((torch.ones(S), True), (2 * torch.ones(S), False)):
+        save_file(w | {"scaling_factor": scale, "steps": torch.tensor(3)}, tmp_path / "sae_weights.safetensors")
+        if read:
+            assert_gives(SparseAutoencoder.from_pretrained(tmp_path), w)
+            continue
+        with pytest.raises(ValueError, match="scaling_factor") as error:
+            read_sae(tmp_path)
+        assert one_sentence(error.value)
+
+
+FASTSAE = {"class_type": "VanillaSAE", "d_in": D, "d_sae_factor": 4, "architecture": "vanilla",
+           "activation_name": "relu"}
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(FASTSAE | changes) for changes in ({"d_in": D + 1}, {"d_sae_factor": 3}, {"architecture": "gated"},
+                                                  {"activation_name": "gelu"}, {"activation_name": "softplus"})
+] + [json.dumps(FASTSAE)[:-20], "{"])
+@pytest.mark.parametrize("given", ["run", "run/final", "run/final/model.pt"])
+@pytest.mark.parametrize("around", [False, True], ids=["beside", "around"])
+def test_fastsae_is_what_its_settings_say(tmp_path, text, given, around):
+    w = {"W_enc": torch.randn(D, 4 * D), "b_enc": torch.randn(4 * D), "W_dec": torch.randn(4 * D, D),
+         "b_dec": torch.randn(D)}
+    folder = tmp_path / "run" / "final"
+    folder.mkdir(parents=True)
+    torch.save(w, folder / "model.pt")
+    settings = (folder.parent if around else folder) / "vanilla_sae_config.json"
+    (folder / "backbone_config.json").write_text('{"model_hf_name": "clip", "architecture": "any"}')
+    settings.write_text(json.dumps(FASTSAE))
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path / given), w)
+    assert read_sae(tmp_path / given)[1]["format"] == "FastSAE folder"
+    settings.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_sae(tmp_path / given)
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("changes, more", [
+    ({"gated_sae": True}, ()), ({}, ("r_mag", "b_mag")), ({"gated_sae": True}, ("r_mag", "b_mag")),
+    ({"gated_sae": torch.ones(2)}, ()), ({"d_in": D + 1}, ()), ({"d_sae": S + 1}, ()), ({"d_sae": None}, ()),
+    ({"d_in": torch.tensor([D, D])}, ())])
+@pytest.mark.parametrize("entry", ["cfg", "config"])
+@pytest.mark.parametrize("kind", [dict, lambda **fields: types.SimpleNamespace(**fields)], ids=["dict", "object"])
+def test_official_files_are_what_their_cfg_says(tmp_path, changes, more, entry, kind):
+    w = values()
+    plain = {"d_in": D, "d_sae": S, "gated_sae": False}
+    torch.save({entry: kind(**plain), "state_dict": w}, tmp_path / "out.pt")
+    (tmp_path / "other.json").write_text('{"activation_name": "gelu"')  # of somebody else
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "out.pt"), w)
+    torch.save({entry: kind(**plain | changes), "state_dict": w | {name: torch.zeros(S) for name in more}},
+               tmp_path / "out.pt")
+    with pytest.raises(ValueError) as error:
+        read_sae(tmp_path / "out.pt")
+    assert one_sentence(error.value)
+
+
+def test_the_official_writer_gives_the_authors_loader_what_it_asks_for(tmp_path):
+    """Their constructor reads these settings before it takes the weights; the file is unpickled as they do."""
+    write_official(tmp_path / "out.pt", random_sae(D, S))
+    content = torch.load(tmp_path / "out.pt", weights_only=False)
+    config = content["cfg"]
+    assert (config.d_in, config.d_sae, config.dtype, config.gated_sae) == (D, S, torch.float32, False)
+    assert isinstance(config.l1_coefficient, float) and isinstance(config.use_ghost_grads, bool)
+    assert set(content["state_dict"]) == set(NAMES)
+    config.device = "mps"  # they set it on some machines
+
+
+@pytest.mark.parametrize("form", ["official.pt", "alone.safetensors", "saelens"])
+@pytest.mark.parametrize("name, damage, words", [
+    ("b_enc", lambda t: t.double() * 1e300, "not finite"), ("W_dec", lambda t: t * 0, "zeros"),
+    ("W_enc", lambda t: t.double() / 0, "not finite")])
+def test_what_is_not_finite_in_float32_or_all_zero_is_refused(tmp_path, form, name, damage, words):
+    w = values()
+    w[name] = damage(w[name])
+    if form == "official.pt":
+        torch.save({"cfg": None, "state_dict": w}, tmp_path / form)
+    elif form == "saelens":
+        write_saelens(tmp_path / form, w, "m", "h")
+    else:
+        save_file(w, tmp_path / form)
+    with pytest.raises(ValueError, match=words) as error:
+        read_sae(tmp_path / form)
+    assert one_sentence(error.value)
+
+
 def test_plain_mixin_folder(tmp_path):
     w = values()
     save_file(w, tmp_path / "model.safetensors")

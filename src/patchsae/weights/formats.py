@@ -47,7 +47,7 @@ SETTINGS_OF = {"sae.safetensors": "config.json", "sae_weights.safetensors": "cfg
 #: What the settings of others may say of an autoencoder with the equations of this package, where they say it.
 SAELENS_PLAIN = {
     "architecture": ("standard", "topk", "jumprelu"), "activation_fn": ("relu", "topk"),
-    "activation_fn_str": ("relu", "topk"), "normalize_activations": ("none", None),
+    "activation_fn_str": ("relu", "topk"), "normalize_activations": ("none", None, False),
     "reshape_activations": ("none", None), "finetuning_scaling_factor": (False,),
     "apply_b_dec_to_input": (True, False), "rescale_acts_by_decoder_norm": (False, True)}
 FASTSAE_PLAIN = {"activation_name": ("relu",), "architecture": ("vanilla",)}
@@ -213,7 +213,7 @@ def _fastsae_settings(file: Path) -> tuple[str, dict]:
 def _plain(settings: dict, allowed: dict[str, tuple], path: Path) -> dict:
     """Settings that say nothing but what this package computes."""
     for key, values in allowed.items():
-        if key in settings and (torch.is_tensor(settings[key]) or settings[key] not in values):
+        if key in settings and repr(settings[key]) not in map(repr, values):
             raise ValueError(f"{path} says {key} = {settings[key]!r:.80}, which this package does not compute; choose "
                              f"an autoencoder with {key} = {values[0]!r}.")
     return settings
@@ -281,7 +281,7 @@ def _agrees(settings: dict, tensors: dict[str, torch.Tensor], own: str, file: Pa
     d_model, n_latents = tensors["W_enc"].shape
     stated = (settings.get("d_model", settings.get("d_in", d_model)),
               settings.get("n_latents", settings.get("d_sae", n_latents)))
-    if stated != (d_model, n_latents):
+    if [repr(size) for size in stated] != [repr(d_model), repr(n_latents)]:  # a tensor has no truth value
         raise ValueError(f"{file} is of width {d_model} with {n_latents} latents, but its settings say "
                          f"{stated[0]!r:.80} and {stated[1]!r:.80}; fetch or train it again.")
     if settings.get("hash", own) != own:
