@@ -1,38 +1,54 @@
-"""What figures are made of: the style, the sizes and colours, and pictures and texts placed in inches.
+"""What every figure is made of: the style, how a figure becomes a png, and pictures and texts placed in inches.
 
-Importing this room sets the style of ``style.mplstyle``, so a notebook's own plots look like its figures.
+Importing this room sets the style, so a notebook's own plots look like its figures.
 """
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
+from PIL import Image, ImageChops
 
-STYLE = Path(__file__).with_name("style.mplstyle")
 #: Inches: the width of a page (a column is 3.25), and the space between two pictures.
 PAGE, GAP = 6.75, 0.04
 CAPTION_LINE = 0.11
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"
+#: Dots per inch of the files of charts, and of sheets of pictures, where a drawn image of 64 pixels fills 0.53 inches
+#: with two dots a pixel; and how many times fewer a notebook has, which git has to carry.
+CHART_DPI, SHEET_DPI, NOTEBOOK = 200, 240, 2
+#: How far a colour of a palette may be from the one it stands for, of 256 levels: less than an eye sees.
+PALETTE_ERROR = 10
+BLUE, ORANGE, GREEN, RED, PURPLE, *_, SKY = sns.color_palette("colorblind").as_hex()
 INK, GREY, PALE = "#222222", "#777777", "#d0d0d0"
 
+# seaborn's "paper" has letters of 9.6 points; on a page of this width they are 7.
+sns.set_theme({name: 7 / 9.6 * size for name, size in sns.plotting_context("paper").items()}, "ticks", "colorblind",
+              font="DejaVu Sans", rc={
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.titlesize": 8,
+    "grid.color": "#e6e6e6", "legend.frameon": False, "legend.handlelength": 1.8, "image.cmap": "viridis",
+    "image.composite_image": False,  # pictures that share axes stay as they are in a pdf
+    "lines.linewidth": 1, "pdf.fonttype": 42, "xtick.color": "#555555", "ytick.color": "#555555",
+    "xtick.labelcolor": "#333333", "ytick.labelcolor": "#333333"})
 
-def use_style() -> None:
-    """Set the style of all figures."""
-    plt.style.use(STYLE)
 
+def png(figure: Figure, smaller: int = 1) -> bytes:
+    """The figure as a png file, with a palette of 256 colours where an eye cannot tell them from its own.
 
-use_style()
-
-
-#: Dots per inch of figures inside notebooks, which git has to carry; files in figures/ have more.
-SCREEN = 96
+    ``smaller``: how many dots each way become one. The same figure gives the same bytes: they hold no date or version.
+    """
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", pil_kwargs={"compress_level": 0})
+    picture = Image.open(drawn).convert("RGB").reduce(smaller)
+    reduced = picture.quantize(256, Image.Quantize.MAXCOVERAGE)
+    error = max(most for _, most in ImageChops.difference(picture, reduced.convert("RGB")).getextrema())
+    (reduced if error <= PALETTE_ERROR else picture).save(file, "png", optimize=True, dpi=2 * (figure.dpi / smaller,))
+    return file.getvalue()
 
 
 class _NotebookFigure(Figure):
@@ -41,17 +57,15 @@ class _NotebookFigure(Figure):
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display
 
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=SCREEN)
         plt.close(self)  # or the inline backend shows it again at the end of the cell
-        display(Image(buffer.getvalue()))
+        display(Image(png(self, NOTEBOOK)))
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
-    """An empty figure of this size in inches."""
-    return plt.figure(figsize=(width, height), layout=layout, FigureClass=_NotebookFigure)
-
-
+    """An empty figure of this size in inches; without a layout it is a sheet, on which things are placed by hand."""
+    dpi = CHART_DPI if layout else SHEET_DPI
+    size = [NOTEBOOK * np.ceil(side * dpi / NOTEBOOK - 1e-6) / dpi for side in (width, height)]
+    return plt.figure(figsize=size, dpi=dpi, layout=layout, FigureClass=_NotebookFigure)
 def need(table: pd.DataFrame, what: str, *columns: str) -> None:
     """Refuse a table without these columns."""
     if missing := [c for c in columns if c not in table]:
@@ -91,31 +105,52 @@ def paragraph(figure: Figure, left: float, top: float, caption: str) -> None:
         write(figure, left, baseline, part, fontsize=6, color=GREY, va="baseline")
 
 
+def resampled(image: np.ndarray, dots: int) -> np.ndarray:
+    """An image ``[H,W,3]`` uint8 whose longer side is ``dots``."""
+    shown = Image.fromarray(image)
+    share = dots / max(shown.size)
+    return np.asarray(shown.resize([max(1, round(share * side)) for side in shown.size], Image.Resampling.LANCZOS))
+
+
 def picture(figure: Figure, left: float, top: float, side: float, image: np.ndarray) -> Axes:
-    """An image without axes, in pixel coordinates."""
+    """An image ``[H,W,3]`` uint8 without axes, in pixel coordinates.
+
+    Its pixels take whole dots if that moves its edges less than a gap; else it is resampled to the dots there are, so
+    that a file holds no more than can be seen.
+    """
+    dots, pixels = round(side * figure.dpi), max(image.shape[:2])
+    whole = pixels * max(1, round(dots / pixels))
+    fits = abs(whole - dots) < GAP * figure.dpi
+    side = (whole if fits else dots) / figure.dpi
+    left, top = (NOTEBOOK * round(at * figure.dpi / NOTEBOOK) / figure.dpi for at in (left, top))
     axes = place(figure, left, top, side, side)
-    axes.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+    shown = image if fits else resampled(image, dots)
+    axes.imshow(shown, extent=(0, image.shape[1], image.shape[0], 0), interpolation="none")
     axes.axis("off")
     return axes
 
 
-def mark(axes: Axes, image: np.ndarray, mark) -> None:
-    """Outline a mask, or put a frame of a colour round the image."""
-    if isinstance(mark, str):
-        axes.add_patch(Rectangle((0, 0), image.shape[1], image.shape[0], fill=False, ec=mark, lw=2.5))
-    elif mark is not None and np.any(mark) and not np.all(mark):
-        y, x = (np.arange(n) + 0.5 for n in np.shape(mark))
-        axes.contour(x, y, np.asarray(mark, float), levels=[0.5], colors="white", linewidths=1.7)
-        axes.contour(x, y, np.asarray(mark, float), levels=[0.5], colors=RED, linewidths=0.9)
+def outline(axes: Axes, mask: np.ndarray) -> None:
+    """Outline a mask, bool ``[H,W]``, on a picture of its size."""
+    if np.any(mask) and not np.all(mask):
+        y, x = (np.arange(n) + 0.5 for n in mask.shape)
+        for colour, width in (("white", 1.7), (RED, 0.9)):
+            axes.contour(x, y, mask.astype(float), levels=[0.5], colors=colour, linewidths=width)
+
+
+def patch_lines(axes: Axes, patches: int, width: float) -> None:
+    """Light lines between the patches of a picture."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.vlines(np.linspace(left, right, patches + 1)[1:-1], bottom, top, color="white", lw=width, alpha=0.6)
+    axes.hlines(np.linspace(bottom, top, patches + 1)[1:-1], left, right, color="white", lw=width, alpha=0.6)
 
 
 def heat_map(axes: Axes, heat: np.ndarray) -> None:
-    """Cover a picture with a patch heat map and light lines between the patches."""
-    (width, height), n = (abs(np.subtract(*lim)) for lim in (axes.get_xlim(), axes.get_ylim())), len(heat)
-    highest = max(float(np.max(heat)), 1e-12)
-    axes.imshow(heat, extent=(0, width, height, 0), vmin=0, vmax=highest, interpolation="nearest")
-    axes.vlines(np.arange(1, n) * width / n, 0, height, color="white", lw=0.3, alpha=0.45)
-    axes.hlines(np.arange(1, n) * height / n, 0, width, color="white", lw=0.3, alpha=0.45)
+    """Turn a picture into a patch heat map ``[P,P]``, from 0 to its maximum, with lines between the patches."""
+    shown = axes.images[-1]
+    shown.set_data(heat)
+    shown.set_clim(0, max(float(np.max(heat)), 1e-12))
+    patch_lines(axes, len(heat), 0.3)
 
 
 def heat_key(figure: Figure, left: float, width: float, top: float) -> None:
@@ -135,8 +170,3 @@ def frame_patch(axes: Axes, image: np.ndarray, token: tuple[int, int], grid: int
     for colour, line in (("white", 2.2), (RED, 1.2)):
         corner = token[1] * width, token[0] * height
         axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=line))
-
-
-def halo() -> dict:
-    """Keep text readable on top of points."""
-    return {"bbox": {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75}}

@@ -4,34 +4,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 
-from patchsae.figures.canvas import BLUE, GREEN, GREY, INK, ORANGE, PAGE, PALE, PURPLE, RED, halo, need, new_figure
+from patchsae.figures.canvas import BLUE, GREEN, GREY, INK, ORANGE, PAGE, PALE, PURPLE, RED, need, new_figure
+from patchsae.figures.charts import Look, colour_bar, intervals, lines, one_legend, panels, percent
+from patchsae.figures.latents import mark, scatter
 
 #: Kind of concept -> colour.
 KIND_LOOKS = {"noun": BLUE, "colour": ORANGE, "texture": GREEN, "background": PURPLE, "style": GREY, "text": RED}
-
-
-def _rows(panel: Axes, names: list, bold: str = "") -> None:
-    """A named row a thing, the first on top, one of them highlighted."""
-    panel.set_yticks(range(len(names)), names)
-    panel.set_ylim(len(names) - 0.4, -0.6)
-    panel.grid(axis="y")
-    panel.tick_params(axis="y", length=0)
-    panel.spines["left"].set_visible(False)
-    if bold in names:
-        panel.axhspan(names.index(bold) - 0.5, names.index(bold) + 0.5, color="#e8f1f8", lw=0, zorder=0)
-    for label in panel.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == bold else "normal")
-
-
-def _bars(panel: Axes, rows: pd.DataFrame, column: str, at, colour: str) -> None:
-    """Dots with their intervals, one a row of the table."""
-    panel.hlines(at, rows["low"], rows["high"], color=colour, lw=1.3)
-    panel.plot(rows[column], at, "o", color=colour, ms=3.6)
+#: Concepts in a strip of :func:`concept_dots`.
+STRIP = 48
 
 
 def recovery_dots(table: pd.DataFrame, first: str = "autoencoder") -> Figure:
@@ -40,47 +23,43 @@ def recovery_dots(table: pd.DataFrame, first: str = "autoencoder") -> Figure:
     ``table``: columns method, kind, share, low, high; kinds are panels, and ``first`` is highlighted.
     """
     need(table, "recovery", "method", "kind", "share", "low", "high")
-    names, kinds = (list(dict.fromkeys(table[c])) for c in ("method", "kind"))
-    figure = new_figure(PAGE, 0.7 + 0.17 * len(names))
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for panel, kind in zip(axes, kinds):
-        rows = table[table["kind"] == kind]
-        _bars(panel, rows, "share", rows["method"].map(names.index), KIND_LOOKS.get(kind, INK))
-        panel.set(title=kind, xlim=(-0.06, 1.06), xticks=(0, 0.5, 1))
-        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _rows(panel, names, first)
+    figure, axes = panels(table["kind"], 0.4 + 0.17 * table["method"].nunique(), sharey=True)
+    for kind, panel in axes.items():
+        intervals(panel, table[table["kind"] == kind], "share", "method", KIND_LOOKS.get(kind, INK), first)
+        panel.set(xlabel="", xlim=(-0.06, 1.06), xticks=(0, 0.5, 1))
+        percent(panel.xaxis)
     figure.supxlabel("share of concepts recovered", fontsize=7)
     return figure
 
 
-def concept_dots(table: pd.DataFrame, bar: float, per_row: int = 48) -> Figure:
+def concept_dots(table: pd.DataFrame, bar: float) -> Figure:
     """Every concept: its average precision under several methods, sorted within its kind, in two or more strips.
 
     ``table``: columns kind, concept, method, auprc; the first method is filled and decides the order.
     """
     need(table, "concept", "kind", "concept", "method", "auprc")
-    methods = list(dict.fromkeys(table["method"]))
-    own = table[table["method"] == methods[0]]
-    means = own.groupby(["kind", "concept"], sort=False)["auprc"].mean()
-    order = [name for _, rows in means.groupby(level=0, sort=False) for name in rows.sort_values(ascending=False).index]
-    strips = [order[i:i + per_row] for i in range(0, len(order), per_row)]
-    figure = new_figure(PAGE, 1.55 * len(strips) + 0.2)
-    for panel, names in zip(figure.subplots(len(strips), 1, squeeze=False)[:, 0], strips):
-        for method, marker in zip(methods, ("o", "_", "x")):
-            values = table[table["method"] == method].groupby(["kind", "concept"])["auprc"].mean()
-            colours = [KIND_LOOKS[kind] for kind, _ in names] if marker == "o" else GREY
-            panel.scatter(range(len(names)), [values.get(n, np.nan) for n in names], c=colours, marker=marker, s=14,
-                          linewidths=0.9, zorder=3 if marker == "o" else 2, label=method)
+    means = table.groupby(["method", "kind", "concept"], sort=False)["auprc"].mean().reset_index()
+    first, *others = means["method"].unique()
+    own = means[means["method"] == first].assign(rank=lambda rows: rows["kind"].map(list(rows["kind"].unique()).index))
+    own = own.sort_values(["rank", "auprc"], ascending=[True, False], kind="stable", ignore_index=True)
+    places = own.reset_index(names="place")[["kind", "concept", "place"]]
+    means = means.merge(places)
+    kinds = [kind for kind in KIND_LOOKS if kind in set(own["kind"])]
+    strips = -(-len(own) // STRIP)
+    figure = new_figure(PAGE, 1.55 * strips + 0.2)
+    for strip, panel in enumerate(figure.subplots(strips, 1, squeeze=False)[:, 0]):
+        shown, names = (t[t["place"] // STRIP == strip] for t in (means, places))
+        sns.scatterplot(shown[shown["method"] == first], x="place", y="auprc", hue="kind", hue_order=kinds,
+                        palette=KIND_LOOKS, s=14, linewidth=0, zorder=3, ax=panel)
+        sns.scatterplot(shown[shown["method"] != first], x="place", y="auprc", style="method", color=GREY, s=14,
+                        style_order=others, markers=["_", "x"][:len(others)], linewidth=0.9, ax=panel)
         panel.axhline(bar, color=INK, lw=0.6, ls=(0, (3, 2)))
-        panel.set_xticks(range(len(names)), [name for _, name in names], rotation=90, fontsize=6)
-        panel.set(xlim=(-0.8, per_row - 0.2), ylim=(0, 1.03), ylabel="average precision")
+        panel.set_xticks(names["place"], names["concept"], rotation=90, fontsize=6)
+        panel.set(xlim=(strip * STRIP - 0.8, (strip + 1) * STRIP - 0.2), ylim=(0, 1.03), xlabel="",
+                  ylabel="average precision")
         panel.tick_params(axis="x", length=0)
         panel.grid(axis="y")
-    handles, labels = panel.get_legend_handles_labels()
-    kinds = [kind for kind in KIND_LOOKS if kind in set(own["kind"])]
-    dots = [panel.scatter([], [], c=KIND_LOOKS[kind], s=14) for kind in kinds]
-    figure.legend(handles[1:] + dots, labels[1:] + kinds, loc="outside upper right", ncols=9,
-                  columnspacing=0.8, handletextpad=0.1)
+    one_legend(figure, loc="outside upper right", ncols=9, columnspacing=0.8, handletextpad=0.1)
     return figure
 
 
@@ -92,18 +71,16 @@ def width_curves(table: pd.DataFrame, reference: float | None = None) -> Figure:
     need(table, "width", "method", "candidates", "share", "low", "high")
     figure = new_figure(3.6, 2.3)
     panel = figure.subplots()
-    for (method, rows), colour, marker in zip(table.groupby("method", sort=False), (BLUE, ORANGE), "os"):
-        rows = rows.sort_values("candidates")
-        panel.fill_between(rows["candidates"], rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
-        panel.plot(rows["candidates"], rows["share"], color=colour, marker=marker, ms=3.5, label=method)
-    ticks = sorted(set(table["candidates"].astype(int)))
+    series = zip(dict.fromkeys(table["method"]), (BLUE, ORANGE), "os")
+    lines(panel, table.sort_values("candidates"), "candidates", "share", "method",
+          {method: Look(method, colour, marker) for method, colour, marker in series})
     if reference is not None:
         panel.axhline(reference, color=GREY, lw=0.8, ls=(0, (3, 2)), label="linear probe")
-    panel.set(xscale="log", xlabel="candidates", ylabel="share of concepts recovered", ylim=(0, 1.03))
+    ticks = sorted(set(table["candidates"].astype(int)))
+    panel.set(xscale="log", ylabel="share of concepts recovered", ylim=(0, 1.03))
     panel.set_xticks(ticks, [f"{t:,}" for t in ticks])
     panel.minorticks_off()
-    panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.grid(axis="y")
+    percent(panel.yaxis)
     panel.legend(loc="lower right")
     return figure
 
@@ -113,47 +90,42 @@ def interpretability_scatter(table: pd.DataFrame, target: str, boxes: Mapping, m
     """Does the scatter of fig. 3 tell interpretable latents from others?
 
     Left: frequency against activation, coloured by ``target``, with the regions ``boxes`` (log10 units); middle: mean
-    of ``target`` in each region (``means``: region, ``target``, low, high); right: coefficients (``terms``: term,
-    coefficient, low, high) of the regression.
+    of ``target`` in each region (``means``: region, latents, ``target``, low, high); right: coefficients (``terms``:
+    term, coefficient, low, high) of the regression.
     """
-    need(table, "latent", "frequency", "mean_activation", target)
+    need(table, "latent", "latent", "frequency", "mean_activation", target)
     figure = new_figure(PAGE, 2.5)
     axes = figure.subplots(1, 3, width_ratios=(1.7, 0.8, 1))
-    points = axes[0].scatter(np.log10(table["frequency"]), np.log10(table["mean_activation"]), c=table[target], s=9,
-                             vmin=0, vmax=1, linewidths=0)
-    figure.colorbar(points, ax=axes[0], label="average precision of its concept", aspect=30,
-                    pad=0.02).outline.set_visible(False)
-    for name, (x0, x1, y0, y1) in boxes.items():
-        axes[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=INK, lw=0.8, ls=(0, (3, 2))))
-        axes[0].annotate(name, (x0, y1), (2, -2), textcoords="offset points", va="top", fontsize=6, **halo())
-    axes[0].set(xlabel="$\\log_{10}$ frequency", ylabel="$\\log_{10}$ mean activation")
-    _bars(axes[1], means, target, np.arange(len(means)), INK)
-    _rows(axes[1], [name.replace(", ", ",\n") for name in means["region"]])
+    points = scatter(axes[0], table, target, 1, area=9)
+    colour_bar(figure, points, axes[0], "average precision of its concept")
+    names = [f"{name}\n(n = {n:,})" for name, n in zip(means["region"], means["latents"])]
+    intervals(axes[1], means.assign(region=names), target, "region", INK)
     axes[1].set(xlim=(0, 1), title="mean by region", xlabel="average precision")
-    shown = terms[terms["coefficient"].notna()]
-    _bars(axes[2], shown, "coefficient", np.arange(len(shown)), INK)
+    intervals(axes[2], terms[terms["coefficient"].notna()], "coefficient", "term", INK)
     axes[2].axvline(0, color=INK, lw=0.6)
-    _rows(axes[2], list(shown["term"]))
     axes[2].set(title="coefficients", xlabel=f"all four: $r^2$ = {terms['alone'].iloc[-1]:.2f}")
+    mark(axes[0], table, boxes, {})
     return figure
 
 
 def latent_histograms(values: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
-    """Distributions of measures of single latents, a panel a measure, a line a method: medians as triangles.
+    """Distributions of measures of single latents, a panel a measure, a line a method; medians are dashed.
 
     ``values``: measure -> method -> one number a latent.
     """
-    figure = new_figure(PAGE, 1.95)
-    for panel, (measure, methods) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
-        arrays = {name: np.asarray(v) for name, v in methods.items()}
-        finite = {name: v[np.isfinite(v)] for name, v in arrays.items()}
-        bins = np.linspace(min(v.min() for v in finite.values()), max(v.max() for v in finite.values()), 31)
-        for (name, v), colour in zip(finite.items(), (BLUE, GREY, ORANGE)):
-            panel.hist(v, bins, weights=np.full(len(v), 1 / len(v)), histtype="step", color=colour, lw=1.2, label=name)
-            panel.plot(np.median(v), 0, "^", color=colour, ms=5, clip_on=False, zorder=4)
-        panel.set(title=measure, xlabel="", yticks=())
+    figure, axes = panels(values, 1.65)
+    for measure, panel in axes.items():
+        table = pd.concat({name: pd.Series(np.asarray(v)) for name, v in values[measure].items()}, names=["method"])
+        table = table.rename("value").reset_index(level=0).dropna(ignore_index=True)
+        colours = dict(zip(values[measure], (BLUE, GREY, ORANGE)))
+        sns.histplot(table, x="value", hue="method", palette=colours, bins=30, stat="proportion", common_norm=False,
+                     element="step", fill=False, linewidth=1, ax=panel)
+        for name, median in table.groupby("method", sort=False)["value"].median().items():
+            panel.axvline(median, color=colours[name], lw=0.8, ls=(0, (3, 2)), label=f"median, {name}")
+        panel.set(xlabel="", ylabel="", yticks=())
         panel.spines["left"].set_visible(False)
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    next(iter(axes.values())).set_ylabel("share of latents")
+    one_legend(figure, ncols=6)
     return figure
 
 
@@ -163,45 +135,36 @@ def transfer_dots(table: pd.DataFrame, bar: float) -> Figure:
     ``table``: columns task, kind, home, there.
     """
     need(table, "transfer", "task", "kind", "home", "there")
-    tasks = list(dict.fromkeys(table["task"]))
-    columns = min(4, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = new_figure(PAGE, 0.3 + 1.6 * lines)
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for panel in axes.flat[len(tasks):]:
-        panel.axis("off")
-    for panel, task in zip(axes.flat, tasks):
+    figure, axes = panels(table["task"], 1.6, columns=4, sharex=True, sharey=True)
+    for task, panel in axes.items():
         rows = table[table["task"] == task]
-        panel.plot([0, 1], [0, 1], color=PALE, lw=0.7, zorder=1)
+        panel.axline((0, 0), slope=1, color=PALE, lw=0.7, zorder=1)
         for line in (panel.axhline, panel.axvline):
             line(bar, color=INK, lw=0.5, ls=(0, (3, 2)), zorder=1)
-        for kind, own in rows.groupby("kind", sort=False):
-            panel.scatter(own["home"], own["there"], s=7, color=KIND_LOOKS[kind], linewidths=0, label=kind)
+        sns.scatterplot(rows, x="home", y="there", hue="kind", palette=KIND_LOOKS, s=7, linewidth=0, ax=panel)
         kept = (rows.loc[rows["home"] >= bar, "there"] >= bar).mean()
-        panel.set(title=f"{task}: {kept:.0%} kept", xlim=(0, 1.03), ylim=(0, 1.03))
-        panel.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        panel.set(title=f"{task}: {kept:.0%} kept", xlim=(0, 1.03), ylim=(0, 1.03), xticks=(0, 0.5, 1),
+                  yticks=(0, 0.5, 1), xlabel="", ylabel="")
     figure.supxlabel("average precision at home", fontsize=7)
     figure.supylabel("average precision there", fontsize=7)
-    kinds = [kind for kind in KIND_LOOKS if kind in set(table["kind"])]
-    handles = [axes.flat[0].scatter([], [], s=9, color=KIND_LOOKS[kind]) for kind in kinds]
-    figure.legend(handles, kinds, loc="outside upper center", ncols=6, handletextpad=0.1)
+    one_legend(figure, loc="outside upper center", ncols=6, handletextpad=0.1)
     return figure
 
 
 def name_curves(table: pd.DataFrame) -> Figure:
     """How far a name can be trusted: share of latents named, and right of those, against the least confidence.
 
-    ``table``: columns confidence, named, right, low, high.
+    ``table``: columns confidence, named, right, low, high; the interval is that of "right".
     """
     need(table, "name", "confidence", "named", "right", "low", "high")
+    shares = pd.concat([table.assign(share=table["right"], what="right"),
+                        table.assign(share=table["named"], low=table["named"], high=table["named"], what="named")])
     figure = new_figure(3.6, 2.1)
     panel = figure.subplots()
-    panel.fill_between(table["confidence"], table["low"], table["high"], color=BLUE, alpha=0.18, lw=0)
-    for column, colour, marker, label in (("right", BLUE, "o", "of those, named as by ground truth"),
-                                          ("named", ORANGE, "s", "latents that get a name")):
-        panel.plot(table["confidence"], table[column], color=colour, marker=marker, ms=3.5, label=label)
-    panel.set(xlabel="least confidence", ylim=(0, 1.03))
-    panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.grid(axis="y")
+    looks = {"right": Look("of those, named as by ground truth", BLUE),
+             "named": Look("latents that get a name", ORANGE, "s")}
+    lines(panel, shares, "confidence", "share", "what", looks)
+    panel.set(xlabel="least confidence", ylabel="share of latents", ylim=(0, 1.03))
+    percent(panel.yaxis)
     panel.legend(loc="lower left")
     return figure

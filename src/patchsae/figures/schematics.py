@@ -7,7 +7,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
-from patchsae.figures.canvas import BLUE, GREEN, GREY, INK, ORANGE, PAGE, PALE, PURPLE, RED, new_figure
+from patchsae.figures.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAGE,
+    PALE,
+    PURPLE,
+    RED,
+    new_figure,
+    patch_lines,
+    picture,
+)
+from patchsae.figures.sheets import LARGE, SMALL
 
 #: Pale fills that go with the colours of the lines.
 FILL = {BLUE: "#dcebf5", ORANGE: "#fbeed6", PURPLE: "#f6e4f1", GREY: "#f0f0f0"}
@@ -17,17 +31,16 @@ SPARSE = (0, 0, 0.9, 0, 0, 0, 0.45, 0, 0, 0.7, 0, 0)
 CHOSEN = 2
 
 
-def schematic_overview(images: Sequence[np.ndarray] | None = None) -> Figure:
+def schematic_overview(images: Sequence[np.ndarray]) -> Figure:
     """Fig. 1: an autoencoder reads every token of a layer; adaptation maps the same concepts to classes anew.
 
-    ``images``: uint8 ``[H, W, 3]``, in this order: the scene to look at, four reference images of one
-    latent and the scene's soft mask for it. What is missing is drawn.
+    ``images``: uint8 ``[H, W, 3]``, in this order: the scene to look at, up to four reference images of one
+    latent and the scene's soft mask for it.
     """
-    images = _scenes(images, 5)
-    mask = images[5] if len(images) > 5 else _soft_mask(images[0])
+    scene, *references, mask = images
     figure, axes = _sheet(PAGE, 3.5)
     _heading(axes, 0.05, 3.45, "a", "What a layer of CLIP has learnt")
-    _image(axes, 0.08, 2.15, 0.92, images[0], grid=4)
+    _image(axes, 0.14, 2.21, LARGE, scene, grid=4)
     _label(axes, 0.54, 2.07, "image, in patches")
     _arrow(axes, (1.05, 2.61), (1.25, 2.61))
     _box(axes, 1.3, 2.15, 0.72, 0.92, "CLIP\nblocks\n1 to $\\ell$", GREY)
@@ -47,12 +60,12 @@ def schematic_overview(images: Sequence[np.ndarray] | None = None) -> Figure:
     _frame(axes, column - 0.055, 2.13, 0.11, 0.96, RED)
     _arrow(axes, (column, 2.11), (column, 1.86), RED)
     _label(axes, 3.06, 1.6, "one latent,\none concept", ha="right", va="center", color=RED)
-    for i, image in enumerate(images[1:5]):
-        _image(axes, 3.16 + 0.53 * i, 1.35, 0.48, image)
-    _image(axes, 5.62, 1.35, 0.48, mask)
-    _label(axes, 4.2, 1.3, "its reference images")
-    _label(axes, 5.86, 1.3, "where it fires")
-    _heading(axes, 0.05, 1.24, "b", "What adaptation changes")
+    for i, image in enumerate(references[:4]):
+        _image(axes, 3.14 + 0.58 * i, 1.3, SMALL, image)
+    _image(axes, 5.7, 1.3, SMALL, mask)
+    _label(axes, 4.28, 1.26, "its reference images")
+    _label(axes, 5.97, 1.26, "where it fires")
+    _heading(axes, 0.05, 1.2, "b", "What adaptation changes")
     before = (0, 0), (1, 0), (1, 1), (2, 1), (2, 2)
     _mapping(axes, 0.1, 0.0, "CLIP", before, before)
     _label(axes, 3.375, 0.54, "same concepts", va="center")
@@ -94,13 +107,13 @@ def schematic_autoencoder() -> Figure:
     return figure
 
 
-def schematic_ablation(images: Sequence[np.ndarray] | None = None) -> Figure:
+def schematic_ablation(images: Sequence[np.ndarray]) -> Figure:
     """Fig. 5a: keep or remove the k latents most often active for a class, then finish the forward pass.
 
-    ``images``: uint8 ``[H, W, 3]``, the scene to classify.
+    ``images``: uint8 ``[H, W, 3]``, the first is the scene to classify.
     """
     figure, axes = _sheet(PAGE, 2.1)
-    _image(axes, 0.05, 0.85, 0.75, _scenes(images, 1)[0], grid=4)
+    _image(axes, 0.02, 0.82, LARGE, images[0], grid=4)
     _arrow(axes, (0.84, 1.22), (0.98, 1.22))
     _box(axes, 1.02, 0.9, 0.62, 0.65, "blocks\n1 to $\\ell$,\nencode", GREY)
     _arrow(axes, (1.68, 1.22), (1.84, 1.22))
@@ -125,9 +138,6 @@ def schematic_ablation(images: Sequence[np.ndarray] | None = None) -> Figure:
         axes.add_patch(Rectangle((5.8, 1.38 - 0.22 * i), share, 0.13, fc=BLUE if i == 0 else PALE, lw=0))
         _label(axes, 5.76, 1.445 - 0.22 * i, name, ha="right", va="center")
     return figure
-
-
-# Parts --------------------------------------------------------------------------------------------------
 
 
 def _sheet(width: float, height: float) -> tuple[Figure, Axes]:
@@ -194,13 +204,10 @@ def _latents(axes: Axes, x: float, y: float, width: float, height: float, rows: 
             axes.add_patch(Rectangle(corner, *size, fc=colour, lw=0, alpha=value))
 
 
-def _image(axes: Axes, x: float, y: float, side: float, image: np.ndarray, grid: int = 0) -> None:
+def _image(axes: Axes, x: float, y: float, side: float, image: np.ndarray, grid: int = 1) -> None:
     """A picture, with the lines between its patches."""
-    axes.imshow(image, extent=(x, x + side, y, y + side), aspect="auto")
-    axes.set(xlim=(0, axes.figure.get_figwidth()), ylim=(0, axes.figure.get_figheight()))
-    at = np.arange(1, grid) * side / max(grid, 1)
-    axes.vlines(x + at, y, y + side, color="white", lw=0.6, alpha=0.8)
-    axes.hlines(y + at, x, x + side, color="white", lw=0.6, alpha=0.8)
+    shown = picture(axes.figure, x, axes.get_ylim()[1] - y - side, side, image)
+    patch_lines(shown, grid, 1.2)
 
 
 def _mapping(axes: Axes, x: float, y: float, name: str, edges: Sequence[tuple[int, int]],
@@ -216,23 +223,3 @@ def _mapping(axes: Axes, x: float, y: float, name: str, edges: Sequence[tuple[in
         axes.plot(x + 2.05, height, "s", ms=9, mfc=FILL[BLUE], mec=BLUE)
         _label(axes, x + 0.74, height, f"concept {i + 1}", ha="right", va="center")
         _label(axes, x + 2.21, height, f"class {'ABC'[i]}", ha="left", va="center")
-
-
-def _scenes(images: Sequence[np.ndarray] | None, count: int) -> list[np.ndarray]:
-    """The images given, then plain drawn ones: a disc on a ground."""
-    y, x = np.mgrid[:64, :64]
-    drawn = []
-    for i in range(count):
-        scene = np.where((y < 40)[..., None], (176, 208, 238), (150, 184, 130)).astype(np.uint8)
-        disc = (x - 20 - 6 * i) ** 2 + (y - 34 + 3 * i) ** 2 < (15 - i) ** 2
-        scene[disc] = (213, 94, 0)
-        drawn.append(scene)
-    return [*(images or []), *drawn[len(images or []):]]
-
-
-def _soft_mask(image: np.ndarray) -> np.ndarray:
-    """An image through a mask of 4 x 4 patches, brightest at the left, where the drawn scene has its disc."""
-    weights = np.outer((0.1, 0.8, 1, 0.4), (0.9, 1, 0.2, 0.1))
-    rows = np.arange(image.shape[0]) * 4 // image.shape[0]
-    columns = np.arange(image.shape[1]) * 4 // image.shape[1]
-    return (image * weights[rows][:, columns, None]).astype(np.uint8)

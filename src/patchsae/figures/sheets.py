@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from patchsae.figures.canvas import (
     BLUE,
@@ -24,9 +24,9 @@ from patchsae.figures.canvas import (
     frame_patch,
     heat_key,
     heat_map,
-    mark,
     need,
     new_figure,
+    outline,
     paragraph,
     picture,
     place,
@@ -34,17 +34,16 @@ from patchsae.figures.canvas import (
     write,
 )
 
+#: Inches: a small picture and a large one, two and three dots to each of 64 pixels.
+SMALL, LARGE = 128 / 240, 192 / 240
+
 
 class Row(NamedTuple):
-    """Images ``[H, W, 3]`` uint8 after a title.
-
-    ``marks``: per image None, a bool mask ``[H, W]`` to outline, or the colour of a frame.
-    """
+    """Images ``[H, W, 3]`` uint8 after a title."""
 
     title: str
     images: Sequence[np.ndarray]
     caption: str = ""
-    marks: Sequence | None = None
 
 
 class MaskRow(NamedTuple):
@@ -78,14 +77,14 @@ class LayerLatent(NamedTuple):
     references: Sequence[np.ndarray]
 
 
-def image_rows(rows: Sequence[Row], size: float = 0.62) -> Figure:
+def image_rows(rows: Sequence[Row]) -> Figure:
     """Reference images (figs. 3 right, 10, 13, 14): a latent a row, its title and caption at the left.
 
-    ``size``: side of an image in inches; it shrinks where a row would be wider than the page.
+    They shrink where a row would be wider than the page.
     """
     left = _title_column(filled(rows, "rows of images"))
     many = max(len(row.images) for row in rows)
-    size = min(size, (PAGE - left) / many - GAP)
+    size = min(SMALL, (PAGE - left) / many - GAP)
     pitch = _pitch(rows, size)
     figure = new_figure(left + many * (size + GAP), len(rows) * pitch, layout=None)
     for index, row in enumerate(rows):
@@ -93,8 +92,7 @@ def image_rows(rows: Sequence[Row], size: float = 0.62) -> Figure:
         write(figure, 0.02, top, row.title, weight="bold")
         paragraph(figure, 0.02, top + 0.14, row.caption)
         for column, image in enumerate(row.images):
-            axes = picture(figure, left + column * (size + GAP), top, size, image)
-            mark(axes, image, row.marks[column] if row.marks is not None else None)
+            picture(figure, left + column * (size + GAP), top, size, image)
     return figure
 
 
@@ -110,7 +108,7 @@ def _pitch(rows: Sequence, size: float) -> float:
     return max(size, 0.18 + CAPTION_LINE * lines) + 0.07
 
 
-def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> Figure:
+def mask_rows(rows: Sequence[MaskRow], columns: int = 1) -> Figure:
     """Patch heat maps and soft masks (figs. 2, 4, 9): a latent a row, in ``columns`` blocks side by side.
 
     Each heat map has its own scale, from 0 to its maximum; the outline is the ground truth.
@@ -118,7 +116,7 @@ def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> 
     headings = ("image", "patch activations", "soft mask")
     height = -(-len(filled(rows, "rows of masks")) // columns)
     left = _title_column(rows)
-    size = min(size, (PAGE / columns - left) / 3 - GAP)
+    size = min(LARGE, (PAGE / columns - left) / 3 - GAP)
     block, pitch = left + 3 * (size + GAP) + 0.1, _pitch(rows, size)
     figure = new_figure(columns * block - 0.1, 0.22 + height * pitch + 0.26, layout=None)
     for index, row in enumerate(rows):
@@ -131,15 +129,16 @@ def mask_rows(rows: Sequence[MaskRow], columns: int = 1, size: float = 0.85) -> 
             write(figure, at + size / 2, 0.19, heading, ha="center", va="bottom", color=GREY)
         if row.image is not None:
             picture(figure, places[0], top, size, row.image)
-        heat_map(picture(figure, places[1], top, size, row.masked), row.heat)
-        for axes in (figure.axes[-1], picture(figure, places[2], top, size, row.masked)):
-            mark(axes, row.masked, row.truth)
+        heat, masked = (picture(figure, at, top, size, row.masked) for at in places[1:])
+        heat_map(heat, row.heat)
+        if row.truth is not None:
+            outline(heat, row.truth)
+            outline(masked, row.truth)
     heat_key(figure, left + size + GAP, size, 0.22 + height * pitch + 0.03)
     return figure
 
 
-def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray],
-               latents: Sequence[StyleLatent]) -> Figure:
+def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray], latents: Sequence[StyleLatent]) -> Figure:
     """Fig. 4: one noun in two styles; which latents they share, and what three of them look at.
 
     ``table``: columns image, latent, activation: the strongest latents of each image, strongest first.
@@ -149,67 +148,62 @@ def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray],
     if len(images) != 2 or not set(images) <= set(table["image"]):
         raise ValueError(f"The pair needs two images named in the table's column image, not {list(images)}.")
     figure = new_figure(PAGE, max(2.62, 0.2 + 0.82 * len(latents)), layout=None)
-    of = {name: table[table["image"] == name] for name in images}
-    shared = set.intersection(*(set(rows["latent"]) for rows in of.values()))
+    shared = table["latent"].isin(table["latent"][table["latent"].duplicated()])
     letters = {chosen.latent: chr(ord("a") + i) for i, chosen in enumerate(latents)}
     for index, ((name, image), colour) in enumerate(zip(images.items(), (ORANGE, GREEN))):
         top = 0.2 + index * 1.3
         write(figure, 0.02, top - 0.16, name, weight="bold", color=colour)
-        picture(figure, 0.02, top, 0.92, image)
-        _bars(place(figure, 1.42, top, 1.85, 0.72), of[name], shared, colour, letters)
-        write(figure, 3.27, top, "in both", color=BLUE, ha="right")
-        write(figure, 3.27, top + 0.13, f"{name} only", color=colour, ha="right")
+        picture(figure, 0.02, top, LARGE, image)
+        rows = table.assign(where=np.where(shared, "in both", f"{name} only"))[table["image"] == name]
+        _bars(place(figure, 1.22, top, 1.8, 0.72), rows, {"in both": BLUE, f"{name} only": colour}, letters)
+    start, pitch = 3.24, SMALL + GAP
     for column, heading in ((0, list(images)[0]), (1, list(images)[1]), (2.2, "reference images")):
-        write(figure, 3.55 + column * 0.52, 0.04, heading, color=GREY)
+        write(figure, start + column * pitch, 0.04, heading, color=GREY)
     for index, chosen in enumerate(latents):
         top = 0.36 + index * 0.82
-        write(figure, 3.55, top - 0.15, f"{letters[chosen.latent]}  {chosen.title}", weight="bold")
+        write(figure, start, top - 0.15, f"{letters[chosen.latent]}  {chosen.title}", weight="bold")
         for column, image in enumerate([*chosen.masked, *chosen.references[:4]]):
-            picture(figure, 3.55 + (column + 0.2 * (column > 1)) * 0.52, top, 0.48, image)
+            picture(figure, start + (column + 0.2 * (column > 1)) * pitch, top, SMALL, image)
     return figure
 
 
-def _bars(axes: Axes, rows: pd.DataFrame, shared: set, colour: str, letters: Mapping[int, str]) -> None:
-    """Bars of one image of :func:`style_pair`, shared latents in blue, chosen ones with their letters."""
-    slots, values = np.arange(len(rows)), rows["activation"].to_numpy()
-    colours = [BLUE if latent in shared else colour for latent in rows["latent"]]
-    axes.bar(slots, values, 0.72, color=colours)
-    axes.set_xticks(slots, rows["latent"], rotation=90, fontsize=6)
-    axes.tick_params(axis="x", length=0)
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.set_ylabel("activation", labelpad=2)
-    axes.set_ylim(0, 1.15 * values.max())
-    for x, latent, value in zip(slots, rows["latent"], values):
-        if latent in letters:
-            axes.annotate(letters[latent], (x, value), (0, 1.5), textcoords="offset points", ha="center",
-                          weight="bold")
+def _bars(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str], letters: Mapping[int, str]) -> None:
+    """Bars of one image of :func:`style_pair`, coloured by where a latent is found, chosen ones with their letters."""
+    names = rows["latent"].astype(str)
+    sns.barplot(rows.assign(latent=names), x="latent", y="activation", hue="where", palette=colours, saturation=1,
+                width=0.72, order=names, ax=axes)
+    axes.legend(loc="upper right")
+    axes.tick_params(axis="x", length=0, rotation=90, labelsize=6)
+    axes.locator_params(axis="y", nbins=3)
+    axes.set(xlabel="", ylim=(0, 1.15 * rows["activation"].max()))
+    for x, (latent, value) in enumerate(zip(rows["latent"], rows["activation"])):
+        axes.annotate(letters.get(latent, ""), (x, value), (0, 1.5), textcoords="offset points", ha="center",
+                      weight="bold")
 
 
-def layers_grid(image: np.ndarray, token: tuple[int, int],
-                layers: Mapping[str, Sequence[LayerLatent]]) -> Figure:
+def layers_grid(image: np.ndarray, token: tuple[int, int], layers: Mapping[str, Sequence[LayerLatent]]) -> Figure:
     """Fig. 9: the strongest latents of one token of one image, layer by layer.
 
     ``image``: uint8 ``[H, W, 3]``; ``token``: row and column of its patch; ``layers``: name -> latents,
     the deepest layer first.
     """
     many = max(len(latents) for latents in filled(layers, "layers").values())
-    left = 1.55
-    size = min(0.9, (PAGE - left) / many / 2 - 0.09)
-    small, pitch = (size - GAP) / 2, size + 0.27
-    figure = new_figure(left + many * (2 * size + 0.18) - 0.14, len(layers) * pitch, layout=None)
     grid = len(next(iter(layers.values()))[0].heat)
-    write(figure, 0.02, 0.04, f"token ({token[0]}, {token[1]})", weight="bold")
-    frame_patch(picture(figure, 0.02, 0.2, 1.0, image), image, token, grid)
+    step, above = SMALL + GAP, LARGE + 0.12
+    block, pitch = LARGE + GAP + 2 * step + 0.08, 2 * step + 0.06
+    figure = new_figure(0.2 + many * block - 0.08, above + len(layers) * pitch, layout=None)
+    frame_patch(picture(figure, 0.2, 0.02, LARGE, image), image, token, grid)
+    write(figure, 0.28 + LARGE, 0.03, f"token ({token[0]}, {token[1]})", weight="bold")
     for row, (name, latents) in enumerate(layers.items()):
-        top = row * pitch + 0.2
-        write(figure, left - 0.12, top + size / 2, name, rotation=90, ha="right", va="center", weight="bold")
+        top = row * pitch + above
+        write(figure, 0.14, top + step, name, rotation=90, ha="right", va="center", weight="bold")
         for column, latent in enumerate(latents):
-            start = left + column * (2 * size + 0.18)
-            write(figure, start, top - 0.15, latent.title)
-            axes = picture(figure, start, top, size, image)
+            start = 0.2 + column * block
+            write(figure, start, top + LARGE + 0.04, latent.title)
+            axes = picture(figure, start, top, LARGE, image)
             heat_map(axes, latent.heat)
             frame_patch(axes, image, token, grid)
             for i, reference in enumerate(latent.references[:4]):
-                across, down = start + size + GAP + i % 2 * (small + GAP), top + i // 2 * (small + GAP)
-                picture(figure, across, down, small, reference)
+                across = start + LARGE + GAP + i % 2 * step
+                picture(figure, across, top + i // 2 * step, SMALL, reference)
     return figure
