@@ -274,12 +274,12 @@ def study_of(profile, clip):
 
 def test_without_committed_tables_small_ones_are_made_in_the_run_folder(study, monkeypatch):
     made = sweep.tables(study)
-    assert {name: len(table) for name, table in made.items()} == {"accuracy": 8, "transfer": 0, "latents": 6,
+    assert {name: len(table) for name, table in made.items()} == {"accuracy": 16, "transfer": 0, "latents": 6,
                                                                   "concepts": 0}
-    assert set(made["accuracy"]["method"]) == {"maple"} and set(made["latents"]["task"]) == {"nouns"}
+    assert set(made["accuracy"]["method"]) == {"maple", UNTRAINED} and set(made["latents"]["task"]) == {"nouns"}
     assert not made["accuracy"].attrs["current"]
     note = made["accuracy"].attrs["note"]
-    assert "11 of its 12 runs" in note and "make mini-artifacts PROFILE=mini" in note and note.endswith(".")
+    assert "10 of its 12 runs" in note and "make mini-artifacts PROFILE=mini" in note and note.endswith(".")
     folder = study.profile.data_dir
     assert [path.name for path in folder.iterdir()] == ["run"]
     latents = made["latents"].set_index(["method", "half"])

@@ -251,15 +251,16 @@ def few_methods(study, monkeypatch):
 
     def methods(configuration, variant):
         def make(name, candidates):
-            def method(train, test):
+            def method(_):
                 asked.append((configuration, name, variant.profile.seed))
-                return candidates, train, test
+                return candidates
             return method
         return {name: make(name, perfect if name == "autoencoder" else nothing) for name in
                 ("autoencoder", "k-means", "neurons")}
 
     monkeypatch.setattr(recovery_sweep, "splits", lambda _: [world(0), world(1, 0.1)])
     monkeypatch.setattr(recovery_sweep, "methods", methods)
+    monkeypatch.setattr(recovery_sweep, "VARIANTS", {"lambda x2": {"l1": 2}})
     monkeypatch.setattr(recovery_sweep, "resamples", lambda n, seed: resamples(n, seed, 8))
     return asked
 

@@ -61,7 +61,7 @@ def test_the_committed_one_comes_first(clip, profile, pixel_data, tmp_path, monk
 def study(clip, profile, pixel_data, tmp_path, monkeypatch):
     """Two configurations of a few steps, everything written to a folder of its own."""
     monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "CHANGES", {"default": {}, "lambda x10": {"l1": 10}})
+    monkeypatch.setattr(sweep, "CHANGES", {"lambda x10": {"l1": 10}})
     monkeypatch.setattr(sweep, "SEEDS", 2)
     monkeypatch.setattr(sweep, "LOG_EVERY", 3)
     return study_of(dataclasses.replace(profile, model=dataclasses.replace(profile.model, other_layers=(0,))), clip,

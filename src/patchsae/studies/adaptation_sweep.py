@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from patchsae.activations import kept_pixels
+from patchsae.clip import Clip
 from patchsae.data.datasets import Subset
 from patchsae.data.images import Images
 from patchsae.sae import SparseAutoencoder
@@ -21,13 +22,15 @@ from patchsae.studies.fidelity import measure
 from patchsae.studies.intervals import wilson_interval
 from patchsae.studies.recovery import read_split
 from patchsae.studies.remapping import PENALTY, concept_readout, image_latents
-from patchsae.studies.study import Study, committed_folder, fingerprint
+from patchsae.studies.study import Study, committed_folder, fingerprint, trained_sae
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.weights.files import result_key
 from patchsae.world.probes import PROBED, fit_readout, image_embeddings
 
 #: Methods whose adapted models are committed, because they are small.
 KEPT = ("maple", "coop")
+#: Methods that a notebook looks at on its own, where nothing is committed.
+FEW = ("zero-shot", "maple", UNTRAINED)
 #: Ranks that end "high" and begin "low" in the tables.
 UPPER, LOWER = 10, 100
 FIDELITY = ["mse", "l0", "dead", "ev_patch", "ev_cls", "accuracy_original", "accuracy_spliced"]
@@ -137,33 +140,24 @@ def recipes(study: Study) -> dict[str, list[Recipe]]:
             "concepts": plain[:1] + each(["maple"]) + each([UNTRAINED], seeds=once) if study.train.concepts else []}
 
 
-def few_recipes(study: Study) -> dict[str, list[Recipe]]:
-    """The same for what a notebook computes where nothing is committed: one task, one seed, MaPLe and its start."""
-    s, own = study.profile.adaptation, study.profile.data.task
-    task, seed = own if own in s.tasks else s.tasks[0], s.seeds[0]
-    plain, maple = Recipe(study, task, "zero-shot"), Recipe(study, task, "maple", seed)
-    return {"accuracy": [maple], "latents": [plain, maple, Recipe(study, task, UNTRAINED, seed)],
-            "concepts": [plain, maple] if study.train.concepts else []}
-
-
 def tables(study: Study) -> dict[str, pd.DataFrame]:
     """Every table of adaptation, "accuracy", "transfer", "latents" and "concepts", with the ``attrs`` of ``read``.
 
-    As committed; where nothing is, small ones are computed now, in the run folder. They are empty, and the note says
-    why, where there is no task to adapt to or no text.
+    As committed; where nothing is, the rows of one task and seed, of MaPLe and its start, are computed now, in the run
+    folder. They are empty, and the note says why, where there is no task to adapt to or no text.
     """
-    p = study.profile
+    p, folder, wanted = study.profile, study.profile.data_dir / "adapted", recipes(study)
     if not p.adaptation.tasks or study.clip.tokenizer is None:
         lacking = "model has no tokenizer" if p.adaptation.tasks else "profile names no task in [adaptation]"
         note = f"The {lacking}, so that nothing is adapted: left out."
         return {name: noted(pd.DataFrame(), False, note) for name in ROWS}
-    folder = p.data_dir / "adapted"
     if not _file(folder, "accuracy").is_file():
-        folder = p.run_dir / "adapted"
-        for name, chosen in few_recipes(study).items():
-            fill([_file(folder, name)], _groups(name, chosen))
+        folder, task, seed = p.run_dir / "adapted", p.adaptation.tasks[0], p.adaptation.seeds[0]
+        for name in ("accuracy", "latents", "concepts"):
+            few = [r for r in wanted[name] if r.task == task and r.method in FEW and r.seed in (0, seed)]
+            fill([_file(folder, name)], _groups(name, few))
     return {name: read([_file(folder, name)], _groups(name, chosen), remedy(p, len(chosen) * MINUTES[name]))[0]
-            for name, chosen in recipes(study).items()}
+            for name, chosen in wanted.items()}
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -200,12 +194,13 @@ def farthest_task(latents: pd.DataFrame, seed: int) -> str:
 def sae_of_the_adapted(study: Study, task: str) -> SparseAutoencoder | None:
     """The autoencoder of the profile's settings and images, trained on the tower that MaPLe adapted to ``task``; None
     where weights are given, which are the same for every tower."""
-    return None if study.profile.sae.weights else _of_the_adapted(study, task).sae
+    if study.profile.sae.weights:
+        return None
+    return trained_sae(study.profile, _far_tower(study, task), study.train)
 
 
-def _of_the_adapted(study: Study, task: str) -> Study:
-    tower = adapted_model(Recipe(study, task, "maple", study.profile.adaptation.seeds[0])).tower
-    return study.variant(study.profile, tower)
+def _far_tower(study: Study, task: str) -> Clip:
+    return adapted_model(Recipe(study, task, "maple", study.profile.adaptation.seeds[0])).tower
 
 
 def run(study: Study) -> None:
@@ -221,5 +216,4 @@ def run(study: Study) -> None:
             adapted_model(recipe).tower.save(target)
     if not p.sae.weights:
         far = farthest_task(pd.read_csv(_file(folder, "latents")), p.adaptation.seeds[0])
-        other = _of_the_adapted(study, far)
-        other.sae.save_pretrained(committed_folder(p, other.clip))
+        sae_of_the_adapted(study, far).save_pretrained(committed_folder(p, _far_tower(study, far)))

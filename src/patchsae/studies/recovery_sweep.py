@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from patchsae.config import Profile
 from patchsae.data.masked import open_masked
 from patchsae.studies import controls
 from patchsae.studies.intervals import percentiles
@@ -29,17 +28,19 @@ from patchsae.studies.recovery import (
     shared_concepts,
 )
 from patchsae.studies.study import Study, trained_sae
-from patchsae.studies.sweep import ACTIVATIONS, seeds
+from patchsae.studies.sweep import ACTIVATIONS, seeds, variants
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.weights.files import result_key
 
-#: Variant -> factor on a setting of [sae], or another value of it; layers are added from the profile.
+#: Variant -> changes to the profile's [sae] settings, as in ``sweep``; layers are added.
 VARIANTS = {"lambda x0.5": {"l1": 0.5}, "lambda x2": {"l1": 2}, "expansion x0.5": {"expansion": 0.5},
             "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}, **ACTIVATIONS}
+#: The method that reads something else than the residual stream.
+HIDDEN = "hidden neurons"
 #: Methods that train nothing: notebook 07 has them where the tables are not made yet.
-CHEAP = ("autoencoder", "principal components", "neurons", "hidden neurons", "random autoencoder", "linear probe")
+CHEAP = ("autoencoder", "principal components", "neurons", HIDDEN, "random autoencoder", "linear probe")
 #: Methods without chance in them are the same for every seed.
-ONCE = ("neurons", "hidden neurons", "linear probe")
+ONCE = ("neurons", HIDDEN, "linear probe")
 #: Training scenes that candidates are matched on, at most.
 MATCH_IMAGES = 2048
 TABLES = ("concept_recovery.csv", "recovery_samples.csv")
@@ -47,18 +48,6 @@ TABLES = ("concept_recovery.csv", "recovery_samples.csv")
 VERSION = 1
 #: What a row of the mini profile takes on two cores.
 MINUTES = 1.5
-
-#: A function of the splits to match and to score on that gives candidates and the splits they read.
-Method = Callable[[Split, Split], tuple[Directions, Split, Split]]
-
-
-def variants(profile: Profile) -> dict[str, Profile]:
-    """Configuration -> profile: the default, then one change at a time."""
-    changed = {"default": profile}
-    for name, changes in VARIANTS.items():
-        values = {k: v * getattr(profile.sae, k) if isinstance(v, (int, float)) else v for k, v in changes.items()}
-        changed[name] = profile.with_sae(**values)
-    return changed | {f"layer {layer}": profile.at_layer(layer) for layer in profile.model.other_layers}
 
 
 @functools.lru_cache(maxsize=1)
@@ -74,30 +63,20 @@ def _scenes(study: Study) -> Iterator[tuple]:
         yield open_masked(study.profile, study.clip, split), n
 
 
-def methods(configuration: str, study: Study) -> dict[str, Method]:
-    """Method -> what gives its candidates. The default has every control; other widths have k-means with as many
-    centroids, and layers their autoencoder."""
+def methods(configuration: str, study: Study) -> dict[str, Callable[[Split], Directions]]:
+    """Method -> candidates from the scenes to match on. The default has every control; other widths have k-means with
+    as many centroids, and layers their autoencoder."""
     p, clip = study.profile, study.clip
     width = round(p.sae.expansion * clip.width)
-
-    def hidden(*both: Split):
-        both = [controls.hidden_neurons(clip, ds, study.layer, split) for (ds, _), split in zip(_scenes(study), both)]
-        return controls.neurons(both[0]), *both
-
-    def of_training(make: Callable[[Split], Directions]) -> Method:
-        return lambda train, test: (make(train), train, test)
-
-    every = {"autoencoder": of_training(lambda _: latent_directions(trained_sae(p, clip, study.train))),
-             "k-means": of_training(lambda train: controls.clusters(train, width, p.seed)),
-             "principal components": of_training(lambda train: controls.principal_components(train, p.seed)),
-             "neurons": of_training(controls.neurons), "hidden neurons": hidden,
-             "random autoencoder": of_training(lambda _: controls.random_autoencoder(study)),
-             "shuffled autoencoder": of_training(lambda _: controls.shuffled_autoencoder(study)),
-             "linear probe": of_training(controls.probe)}
-    if configuration == "default":
-        return every
-    return {name: every[name] for name in (("autoencoder", "k-means") if "expansion" in configuration else
-                                           ("autoencoder",))}
+    every = {"autoencoder": lambda _: latent_directions(trained_sae(p, clip, study.train)),
+             "k-means": lambda split: controls.clusters(split, width, p.seed),
+             "principal components": lambda split: controls.principal_components(split, p.seed),
+             "neurons": controls.neurons, HIDDEN: controls.neurons,
+             "random autoencoder": lambda _: controls.random_autoencoder(study),
+             "shuffled autoencoder": lambda _: controls.shuffled_autoencoder(study), "linear probe": controls.probe}
+    kept = every if configuration == "default" else ("autoencoder", "k-means") if "expansion" in configuration else (
+        "autoencoder",)
+    return {name: every[name] for name in kept}
 
 
 def tables(study: Study) -> list[pd.DataFrame]:
@@ -131,26 +110,34 @@ def groups(study: Study) -> list[Group]:
         return splits(study if layer == study.layer else study.variant(study.profile.at_layer(layer)))
 
     scenes = [[ds.fingerprint(), n] for ds, n in _scenes(study)]
-    found = []
-    for configuration, changed in variants(study.profile).items():
+    wanted = []
+    for configuration, changed in variants(study.profile, VARIANTS).items():
         for seed in seeds(study.profile):
             variant = study.variant(dataclasses.replace(changed, seed=seed))
             for method, make in methods(configuration, variant).items():
                 if seed == study.profile.seed or method not in ONCE:
                     key = result_key(VERSION, method=method, clip=study.clip_key, scenes=scenes,
                                      settings=variant.profile.sae_settings(), draws=study.profile.seed)
-                    compute = functools.partial(_rows, make, read_at, variant.layer, study.profile.seed)
-                    found.append(Group({"configuration": configuration, "method": method, "seed": seed}, key, compute))
-    return found
+                    read_both = functools.partial(_hidden, study, read_at) if method == HIDDEN else read_at
+                    compute = functools.partial(_rows, make, read_both, variant.layer, study.profile.seed)
+                    wanted.append(Group({"configuration": configuration, "method": method, "seed": seed}, key, compute))
+    return wanted
 
 
 def _files(folder: Path) -> list[Path]:
     return [folder / name for name in TABLES]
 
 
-def _rows(make: Method, read_at: Callable[[int], list[Split]], layer: int, seed: int) -> list[pd.DataFrame]:
+def _hidden(study: Study, read_at: Callable[[int], list[Split]], layer: int) -> list[Split]:
+    """The splits with hidden neurons in the place of tokens."""
+    both = zip(_scenes(study), read_at(layer))
+    return [controls.hidden_neurons(study.clip, ds, layer, split) for (ds, _), split in both]
+
+
+def _rows(make: Callable, read_both: Callable[[int], list[Split]], layer: int, seed: int) -> list[pd.DataFrame]:
     """What one method recovers: a row a concept, and shares in every bootstrap sample."""
-    directions, train, test = make(*read_at(layer))
+    train, test = read_both(layer)
+    directions = make(train)
     recovery = recover(directions, train, test, resamples(len(test.z), seed))
     return [recovery.table.assign(candidates=directions.weight.shape[1]).round(4), sampled_shares(recovery)]
 

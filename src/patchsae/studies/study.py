@@ -123,10 +123,10 @@ class Study:
         return saved_latents(p.run_dir, self.clip, sae, ds, self.layer if layer is None else layer, p.latents.tau,
                              p.latents.n_reference, p.data.batch_images, tokens)
 
-    def variant(self, profile: Profile, tower: Clip | None = None) -> "Study":
-        """The same images under other settings, e.g. ``variant(profile.with_sae(l1=1e-3))``, or in another tower."""
+    def variant(self, profile: Profile) -> "Study":
+        """The same model and images under other settings, e.g. ``variant(profile.with_sae(l1=1e-3))``."""
         other = Study(profile)
-        other.images, other.clip = self.images, self.clip if tower is None else tower
+        other.clip, other.images = self.clip, self.images
         return other
 
     def next_seed(self) -> "Study | None":

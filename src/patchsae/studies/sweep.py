@@ -17,8 +17,8 @@ from patchsae.weights.files import result_key, write_atomically
 #: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.
 ACTIVATIONS = {"TopK": {"activation": "topk"}, "BatchTopK": {"activation": "batchtopk"},
                "JumpReLU": {"activation": "jumprelu", "l1": 1.5}, "Matryoshka": {"activation": "matryoshka"}}
-#: Configuration -> changes to the profile's [sae] settings; layers and seeds are added in ``configurations``.
-CHANGES = {"default": {}, "lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
+#: Configuration -> changes to the profile's [sae] settings; layers, seeds and "random" are added.
+CHANGES = {"lambda 0": {"l1": 0.0}, "lambda x10": {"l1": 10}, "expansion x0.5": {"expansion": 0.5},
            "expansion x2": {"expansion": 2}, "ghost off": {"ghost": False}, "b_dec mean": {"b_dec": "mean"},
            "b_dec geometric median": {"b_dec": "geometric_median"}, "class token only": {"tokens": "cls"},
            **ACTIVATIONS}
@@ -35,15 +35,20 @@ VERSION = 1
 MINUTES = 1.5
 
 
+def variants(profile: Profile, changes: dict[str, dict]) -> dict[str, Profile]:
+    """Configuration -> profile: the default, then one change at a time, then the layers it is compared with."""
+    changed = {"default": profile}
+    for name, settings in changes.items():
+        changed[name] = profile.with_sae(**{
+            key: value * getattr(profile.sae, key) if key in FACTORS else value for key, value in settings.items()})
+    return changed | {f"layer {layer}": profile.at_layer(layer) for layer in profile.model.other_layers}
+
+
 def configurations(profile: Profile) -> dict[tuple[str, int], Profile]:
-    """(name, seed) -> profile, in the order of the table; the default comes with three seeds if it is trained here."""
-    rows = {}
-    for name, changes in CHANGES.items():
-        factors = {k: v * getattr(profile.sae, k) for k, v in changes.items() if k in FACTORS}
-        rows[name, profile.seed] = profile.with_sae(**changes | factors) if changes else profile
-    rows |= {(f"layer {layer}", profile.seed): profile.at_layer(layer) for layer in profile.model.other_layers}
-    default = {("default", s): dataclasses.replace(profile, seed=s) for s in seeds(profile)}
-    return default | rows | {("random", profile.seed): profile}
+    """(name, seed) -> profile, in the order of the table; the default comes with several seeds."""
+    default = {("default", seed): dataclasses.replace(profile, seed=seed) for seed in seeds(profile)}
+    once = {(name, profile.seed): changed for name, changed in variants(profile, CHANGES).items()}
+    return default | once | {("random", profile.seed): profile}
 
 
 def seeds(profile: Profile) -> range:
