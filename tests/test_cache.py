@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from conftest import LAYER, SIDE, one_sentence, random_clip_model, tiny_processor
 from PIL import Image
 from safetensors import safe_open
+from tqdm.auto import tqdm
 
 from patchsae import ArrayDataset, cache
 from patchsae.cache import DIFFERENT, cache_bytes, cache_folder, open_cache, write_cache
@@ -257,7 +259,8 @@ def test_killed_at_a_random_moment(tmp_path, seed):
 
 def _one_of_two(rank, meeting, source, folder, after):
     """One process of two; the first one is killed after so many shards."""
-    torch.set_num_threads(1)  # a forked process must not wait for threads that it does not have
+    torch.set_num_threads(1)  # a forked process must not wait for threads or for a lock that it does not have
+    tqdm.set_lock(threading.RLock())
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     written = []
     write_shard = cache._Writer._write_shard
