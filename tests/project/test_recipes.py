@@ -1,8 +1,11 @@
 """The code on docs/recipes.md runs, in order and in a folder of its own, and says what it should."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
+import make_api
 import numpy as np
 from conftest import random_clip_model, tiny_processor
 
@@ -29,3 +32,12 @@ def test_the_recipes(tmp_path, monkeypatch, capsys):
     assert names["heat"].shape == (2, 2) and names["shown"].shape == (16, 16, 3)
     assert set(names["table"]["mode"]) == {"original", "spliced", "on", "off"}
     assert not (names["before"] == names["after"]).all() and "difference of a latent: 0.0" in said
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    """``python tools/make_api.py`` writes it. Signatures look different under other versions of Python."""
+    text = PAGE.with_name("api.md").read_text(encoding="utf-8")
+    rooms = {name: importlib.import_module(f"patchsae.{name}") for name in make_api.ROOMS}
+    things = [pair for room in rooms.values() for pair in make_api.public(room)]
+    assert re.findall(r"^### `(\w+)", text, flags=re.MULTILINE) == [name for name, _ in things]
+    assert all(inspect.getdoc(thing) in text for _, thing in things if inspect.getdoc(thing))

@@ -1,0 +1,50 @@
+"""Write docs/api.md: the public names, then the rooms of the top level in reading order, from their own docstrings."""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import patchsae
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
+ROOMS = ("clip", "maple", "sae", "variants", "activations", "cache", "train", "latents", "masks", "ablation", "config",
+         "data.images", "data.datasets", "data.adapters", "weights.formats", "studies.study")
+
+
+def public(room) -> list[tuple[str, object]]:
+    """Functions and classes that a room defines and does not keep to itself, in the order they stand in."""
+    here = [(name, value) for name, value in vars(room).items() if getattr(value, "__module__", "") == room.__name__]
+    kept = [(name, value) for name, value in here if name[0] != "_" and (inspect.isclass(value) or callable(value))]
+    return sorted(kept, key=lambda pair: inspect.getsourcelines(inspect.unwrap(pair[1]))[1])
+
+
+def entry(name: str, value, level: str = "###") -> str:
+    """Signature and docstring of one thing; of a class its public methods too."""
+    try:
+        signature = str(inspect.signature(value)).replace("patchsae.", "")
+    except (TypeError, ValueError):
+        signature = ""
+    text = f"{level} `{name}{signature}`\n\n```text\n{inspect.getdoc(value) or ''}\n```\n"
+    if inspect.isclass(value):
+        methods = [(n, m) for n, m in vars(value).items() if n[0] != "_" and inspect.isfunction(m) and m.__doc__]
+        text += "".join(f"\n- `.{n}{str(inspect.signature(m)).replace('patchsae.', '')}`: "
+                        f"{inspect.getdoc(m).splitlines()[0]}" for n, m in methods) + "\n" * bool(methods)
+    return text
+
+
+def page() -> str:
+    """The whole page."""
+    names = ", ".join(f"`{name}`" for name in patchsae.__all__)
+    parts = ["# API\n\nMade by `tools/make_api.py` from the docstrings; a test holds the two together.\n\n"
+             f"Public names, to be imported from `patchsae`: {names}.\n"]
+    for name in ROOMS:
+        room = importlib.import_module(f"patchsae.{name}")
+        parts.append(f"## patchsae.{name}\n\n{inspect.getdoc(room).splitlines()[0]}\n")
+        parts += [entry(*pair) for pair in public(room)]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE.name} is written\n")
