@@ -17,9 +17,6 @@ from patchsae.sae import SparseAutoencoder
 from patchsae.train import new_sae, run_key, train_sae
 from patchsae.weights.files import result_key
 
-#: What stands in the place of a comparison with an autoencoder trained in another way.
-GIVEN = "The autoencoder's weights were given, so that none is trained like it in another way: left out."
-
 
 class LeftOut(Exception):
     """The rest of a notebook has nothing to show for this profile; shown as its sentence alone."""
