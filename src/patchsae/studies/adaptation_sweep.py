@@ -196,10 +196,10 @@ def sae_of_the_adapted(study: Study, task: str) -> SparseAutoencoder | None:
     where weights are given, which are the same for every tower."""
     if study.profile.sae.weights:
         return None
-    return trained_sae(study.profile, _far_tower(study, task), study.train)
+    return trained_sae(study.profile, _maple_tower(study, task), study.train)
 
 
-def _far_tower(study: Study, task: str) -> Clip:
+def _maple_tower(study: Study, task: str) -> Clip:
     return adapted_model(Recipe(study, task, "maple", study.profile.adaptation.seeds[0])).tower
 
 
@@ -216,4 +216,4 @@ def run(study: Study) -> None:
             adapted_model(recipe).tower.save(target)
     if not p.sae.weights:
         far = farthest_task(pd.read_csv(_file(folder, "latents")), p.adaptation.seeds[0])
-        sae_of_the_adapted(study, far).save_pretrained(committed_folder(p, _far_tower(study, far)))
+        sae_of_the_adapted(study, far).save_pretrained(committed_folder(p, _maple_tower(study, far)))

@@ -95,9 +95,9 @@ def _file(profile: Profile) -> Path:
 
 
 def _groups(study: Study) -> list[Group]:
-    variants = {names: study.variant(profile) for names, profile in configurations(study.profile).items()}
+    changed = {names: study.variant(profile) for names, profile in configurations(study.profile).items()}
     return [Group({"configuration": name, "seed": seed}, _key(variant), functools.partial(_row, name, variant))
-            for (name, seed), variant in variants.items()]
+            for (name, seed), variant in changed.items()]
 
 
 def _key(study: Study) -> str:
