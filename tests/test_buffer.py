@@ -147,7 +147,8 @@ def test_a_training_reads_the_cache_that_its_profile_names(clip, tmp_path, monke
         train_room.train_sae(cached, clip, ds, tmp_path / "none")
     assert one_sentence(error.value) and "make cache" in str(error.value)
     folder = cache_room.cache_folder(cached, clip, ds)
-    cache_room.write_cache(clip, ds, -2, folder, shard_images=5)
+    monkeypatch.setattr(cache_room, "SHARD_BYTES", 5 * cache_room.cache_bytes(clip, 1))
+    cache_room.write_cache(clip, ds, -2, folder)
     assert cache_room.profile_cache(profile, clip, ds) is None
     for a, b in zip(training_batches(profile, clip, ds, range(9)), training_batches(cached, clip, ds, range(9))):
         assert not torch.equal(a, b)
