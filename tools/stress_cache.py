@@ -163,7 +163,6 @@ def relabel(world: World, folder: Path) -> list[Path]:
         z = file.get_tensor("z")
     notes = SealedRows(path).notes
     notes["labels"][0] += 1
-    del notes["seal"]
     save_rows(path, z, notes)
     return [path]
 

@@ -6,6 +6,8 @@ a training that was interrupted goes on with the batch it would have had.
 
 import functools
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -132,7 +134,7 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
     """What a loader gives; a lost worker process is one sentence."""
     lost = False
     try:
-        yield from loader
+        yield from _started(loader)
     except (RuntimeError, OSError, EOFError) as error:
         # What a data set itself raised is passed on, marked as caught in a worker.
         lost = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))
@@ -141,6 +143,17 @@ def _alive(loader: DataLoader) -> Iterator[tuple]:
     if lost:  # raised above it would keep the error of the loader alive, and with it the other workers, which end later
         raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
                          "from what is finished.")
+
+
+def _started(loader: DataLoader) -> Iterator[tuple]:
+    """The iterator of a loader. Where a worker ends, torch raises an error wherever the program is at that moment;
+    without that signal the error comes where its batch is asked for."""
+    if not loader.num_workers or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before, batches = signal.getsignal(signal.SIGCHLD), iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> Iterator[PixelBatch]:

@@ -108,7 +108,7 @@ class SealedRows:
 
 def _unsealed(content: dict) -> str:
     """JSON with room for a seal, which comes first, so that nothing that follows can be taken for it."""
-    return json.dumps({"seal": UNSEALED.decode()} | content)
+    return json.dumps({"seal": ""} | content | {"seal": UNSEALED.decode()})
 
 
 def _sealed(data: bytes) -> bytes:
