@@ -40,6 +40,11 @@ def read_notebook(path: Path) -> dict:
         raise SystemExit(f"{path} is not a valid notebook ({error}); restore it with git checkout.") from None
 
 
+def project_folder(root: Path) -> Path:
+    """The folder of profiles, data and figures: ``PATCHSAE_HOME``, or the repository itself."""
+    return Path(os.environ.get("PATCHSAE_HOME") or root).expanduser().resolve()
+
+
 def runs_after(notebook: dict, name: str) -> list[str]:
     """Notebooks that have to run before this one: ``metadata.patchsae.after``, or the one that trains."""
     otherwise = [] if name == "01_train_sae" else ["01_train_sae"]
@@ -91,7 +96,7 @@ def code_state(name: str, root: Path, chain: tuple[str, ...] = ()) -> list:
 
 def profile_files(profile: str, root: Path) -> Iterator[Path]:
     """A profile's file and all files of its data and of what it names by a path, in the order of their names."""
-    home = Path(os.environ.get("PATCHSAE_HOME") or root)
+    home = project_folder(root)
     folders = (home / "profiles", root / "src" / "patchsae" / "profiles")
     places = [Path(profile), home / profile, *(folder / f"{profile}.toml" for folder in folders)]
     file = next((path for path in places if path.suffix == ".toml" and path.is_file()), None)

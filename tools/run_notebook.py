@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from notebook_key import file_hash, notebook_key, read_notebook, runs_after
+from notebook_key import file_hash, notebook_key, project_folder, read_notebook, runs_after
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -116,7 +116,7 @@ def kernel_environment(root: Path, manifest: Path, profile: str) -> dict[str, st
     search = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | {
         "PYTHONPATH": os.pathsep.join(search), "IPYTHONDIR": str(root / "build" / "ipython"),
-        "PATCHSAE_MANIFEST": str(manifest), "PROFILE": profile}
+        "PATCHSAE_HOME": str(project_folder(root)), "PATCHSAE_MANIFEST": str(manifest), "PROFILE": profile}
 
 
 def execute(path: Path, environment: dict[str, str]):
@@ -158,16 +158,17 @@ def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool
     path = root / "notebooks" / f"{name}.ipynb"
     for other in runs_after(read_notebook(path), name):
         run(other, root, profile, quiet=True)
-    build = root / "build" / Path(profile).stem
+    home = project_folder(root)
+    build = home / "build" / Path(profile).stem
     stamp, manifest = build / f"{name}.json", build / f"{name}.manifest"
     with one_at_a_time(build / f"{name}.lock"):
-        if not in_place and is_up_to_date(stamp, key, root):
+        if not in_place and is_up_to_date(stamp, key, home):
             return None if quiet else print(f"{name}: up to date", flush=True)
         start, (computed, _) = time.monotonic(), used_so_far()
         stamp.unlink(missing_ok=True)
         manifest.unlink(missing_ok=True)
         notebook, text = execute(path, kernel_environment(root, manifest, profile))
-        files = written_files(manifest, root)
+        files = written_files(manifest, home)
         write_text(build / f"{name}.ipynb", text)
         if in_place:
             check_outputs(notebook, name)

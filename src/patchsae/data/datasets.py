@@ -163,11 +163,11 @@ def model_config(name: str, local: bool = False):
     ``transformers.CLIPVisionConfig``."""
     from transformers import CLIPConfig
 
+    from patchsae.weights.clips import read_clip
+
     path = resolve(name)
     if path.is_file():  # in OpenAI's layout, where the weights alone have the shape
-        from patchsae.clip import load_clip
-
-        return load_clip(name).model.config.vision_config
+        return read_clip(path).config.vision_config
     source, _, revision = (str(path), "", "") if path.is_dir() else name.partition("@")
     try:
         return CLIPConfig.from_pretrained(source, revision=revision or None, local_files_only=local).vision_config

@@ -14,13 +14,10 @@ from patchsae.data.benchmarks import TABLE, missing, where_from
 from patchsae.data.datasets import images_folder, split_folders, subfolders
 from patchsae.data.masked import READERS, SOURCE, masks_folder
 from patchsae.project.stamps import STAMPS, estimate, rate
-from patchsae.weights.files import load_json
-from patchsae.weights.formats import file_sha256
+from patchsae.weights.files import file_sha256, load_json, model_files
 
 #: Where the autoencoders of the paper are.
 RELEASED = "https://github.com/dynamical-inference/patchsae, or hyesulim/fastsae-models on the hub"
-#: Names of files that hold the weights of a model, one of which must be there.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Need(NamedTuple):
@@ -55,15 +52,16 @@ def read_tasks(profile: Profile) -> list[str]:
 def model_file(name: str) -> Path | None:
     """A file of weights of a local folder or file, or of a model of the hub in its cache on this machine, if any."""
     path = resolve(name)
-    if path.exists():
-        found = [path / file for file in WEIGHTS if (path / file).is_file()] if (path / "config.json").is_file() else []
-        return path if path.is_file() else next(iter(found), None)
-    repository, _, revision = name.partition("@")
-    if repository.count("/") != 1:
-        return None
-    cached = [try_to_load_from_cache(repository, file, revision=revision or None)
-              for file in ("config.json", "preprocessor_config.json", *WEIGHTS)]
-    return next((Path(file) for file in cached[2:] if all(isinstance(f, str) for f in (file, *cached[:2]))), None)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        repository, _, revision = name.partition("@")
+        cached = repository.count("/") == 1 and try_to_load_from_cache(repository, "config.json",
+                                                                       revision=revision or None)
+        path = Path(cached).parent if isinstance(cached, str) else path
+        if not (path / "preprocessor_config.json").is_file():
+            return None
+    return next(iter(model_files(path)), None) if (path / "config.json").is_file() else None
 
 
 def weights_line(profile: Profile) -> str:

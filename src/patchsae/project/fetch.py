@@ -1,16 +1,12 @@
 """Downloads what the Hugging Face hub has of a profile's weights and images, resumes, verifies: ``make fetch``."""
 
-from pathlib import Path
+from huggingface_hub import HfApi
 
 from patchsae.config import Profile, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, open_hub, where_from
 from patchsae.project.check import model_file, read_tasks
-from patchsae.weights.files import save_json
-from patchsae.weights.formats import file_sha256
-
-#: The files of a model that are read; the hub often has others of other frameworks beside them.
-MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer*", "vocab.json", "merges.txt",
-               "special_tokens_map.json", "model.safetensors", "pytorch_model.bin")
+from patchsae.weights.files import file_sha256, save_json
+from patchsae.weights.hub import model_folder
 
 
 def fetch_model(profile: Profile) -> dict[str, str]:
@@ -18,17 +14,14 @@ def fetch_model(profile: Profile) -> dict[str, str]:
 
     Returns file -> sha256, which is also written to ``data/<profile>/fetched.json``.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
     repository, _, revision = profile.model.name.partition("@")
     try:
         stated = HfApi().model_info(repository, revision=revision or None, files_metadata=True).siblings
-        large = {file.rfilename: file.lfs.sha256 for file in stated if file.lfs}
-        wanted = [name for name in MODEL_FILES if name != "pytorch_model.bin" or "model.safetensors" not in large]
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        folder = model_folder(repository, revision or None)
     except Exception as error:  # the library has errors of its own for every way a server can fail
         raise OSError(f"The hub does not give {repository} ({type(error).__name__}); check the network and run "
                       f"{profile.model.get} again, it goes on where it stopped.") from error
+    large = {file.rfilename: file.lfs.sha256 for file in stated if file.lfs}
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*"))
               if path.is_file()}
     if bad := [name for name, digest in large.items() if hashes.get(name, digest) != digest]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -246,8 +247,8 @@ def description(model: str, pictures: Pictures, tower: Tower, masks: Path | None
 def run(name: str, images: str, model: str, masks: str, yes: bool) -> str:
     """Look, say what was found, ask, and write ``profiles/<name>.toml``; returns what is next."""
     place = ROOT / "profiles" / f"{name}.toml"
-    if not name or Path(name).name != name or not name.replace("-", "_").isidentifier():
-        raise ValueError(f"{name!r} cannot name a profile; take letters, digits, - and _, a letter first.")
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ValueError(f"{name!r} cannot name a profile; take letters, digits, - and _ alone.")
     if (PROFILES / f"{name}.toml").is_file():
         raise ValueError(f"The package has a profile {name!r} of its own; choose another name.")
     if masks and not resolve(masks).is_dir():
