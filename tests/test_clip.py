@@ -322,6 +322,42 @@ def damage(folder, how):
         kept = load_file(weights)
         del kept["vision_model.encoder.layers.1.mlp.fc1.weight"]
         save_file(kept, weights, {"format": "pt"})
+    elif how == "a weight too many":
+        save_file(load_file(weights) | {"vision_model.more.weight": torch.ones(2)}, weights, {"format": "pt"})
+    elif how == "beyond float32":
+        kept = load_file(weights)
+        kept["visual_projection.weight"] = kept["visual_projection.weight"].double() * 1e300
+        save_file(kept, weights, {"format": "pt"})
+    elif how == "whole numbers":
+        kept = load_file(weights)
+        kept["visual_projection.weight"] = kept["visual_projection.weight"].int()
+        save_file(kept, weights, {"format": "pt"})
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config of something else":
+        (folder / "config.json").write_text('{"model_type": "siglip", "vision_config": {}}')
+    elif how == "config without end":
+        (folder / "config.json").write_text("[" * 10**5)
+    elif how.startswith("config: "):
+        section, key, value = how[8:].split()
+        config = json.loads((folder / "config.json").read_text())
+        config[section] = config[section] | {key: json.loads(value)} if key != "all" else json.loads(value)
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how == "damaged tokenizer":
+        build_tokenizer().save_pretrained(folder)
+        (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-30])
+    elif how == "damaged tokenizer settings":
+        build_tokenizer().save_pretrained(folder)
+        (folder / "tokenizer_config.json").write_text("{")
+    elif how == "no tokenizer.json":
+        build_tokenizer().save_pretrained(folder)
+        (folder / "tokenizer.json").unlink()
+    elif how.startswith("processor"):
+        tiny_processor().save_pretrained(folder)
+        file = folder / "preprocessor_config.json"
+        _, *change = how.split(" ", 2)
+        text = json.dumps(json.loads(file.read_text()) | {change[0]: json.loads(change[1])}) if change else "{"
+        file.write_text(text)
     elif how == "other shapes":
         config = json.loads((folder / "config.json").read_text())
         config["vision_config"]["intermediate_size"] = 36
@@ -337,11 +373,62 @@ def damage(folder, how):
         "cut short",
         "config is not json",
         "a weight is missing",
-        "other shapes",
+        "a weight too many",
+        "beyond float32",
+        "whole numbers",
+        "no config",
+        "config of something else",
+        "config without end",
+        "config: vision_config num_hidden_layers 3",
+        "config: text_config num_hidden_layers 3",
+        "config: vision_config num_attention_heads 5",
+        "config: vision_config hidden_size -1",
+        "config: vision_config patch_size 0",
+        'config: vision_config hidden_size "twelve"',
+        "config: vision_config all 3",
+        "damaged tokenizer",
+        "damaged tokenizer settings",
+        "no tokenizer.json",
+        "processor",
+        "processor image_std [0.3,0,0.3]",
+        "processor image_std [0.3,-0.2,0.3]",
+        "processor image_std [0.3,1e-300,0.3]",
+        "processor image_mean [0.3,NaN,0.3]",
+        "processor image_mean [0.3,Infinity,0.3]",
+        'processor image_mean "grey"',
+        "processor image_std [0.3]",
+        "processor rescale_factor 0",
+        "processor rescale_factor NaN",
     ],
 )
 def test_a_damaged_folder_is_one_sentence(folder, how):
     damage(folder, how)
     with pytest.raises((ValueError, OSError)) as error:
         load_clip(folder)
+    assert one_sentence(error.value)
+
+
+def test_a_model_in_memory_is_used_itself():
+    model = random_clip_model(seed=4)
+    clip = load_clip(model)
+    assert clip.model is model and clip.tokenizer is None and clip.processor is None
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in load_clip(random_clip_model().half()).model.parameters()} == {torch.float32}
+    double = random_clip_model().double()
+    double.visual_projection.weight.data *= 1e300
+    with pytest.raises(ValueError, match="visual_projection") as error:
+        load_clip(double)
+    assert one_sentence(error.value)
+
+
+def test_paths_are_as_given_or_else_in_the_project(folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
+    expected = load_clip(folder).fingerprint()
+    assert load_clip("clip").fingerprint() == expected  # the project's
+    random_clip_model(seed=5).save_pretrained(tmp_path / "here" / "clip")
+    assert load_clip("clip").fingerprint() == load_clip("../here/clip").fingerprint() != expected
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "here")) as error:
+        load_clip("some/where/else")
     assert one_sentence(error.value)

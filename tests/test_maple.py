@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import one_sentence, random_clip_model
 from maple_twin import image_states, state_dict, text_embeddings
+from transformers import BatchEncoding
 
 from patchsae.clip import Clip
 from patchsae.maple import MaPLe, Prompts, class_prompts, new_maple, tokenise
@@ -62,6 +63,10 @@ def _state_with(changes=None, without=()):
     ({"prompt_learner.proj.weight": torch.zeros(64, 64)}, [], "proj.weight"),
     ({"prompt_learner.compound_prompts_text.2": torch.zeros(2, 64)}, [], "compound_prompt_projections.2"),
     ({"prompt_learner.ctx": torch.full((2, 64), float("nan"))}, [], "ctx"),
+    ({"prompt_learner.ctx": torch.full((2, 64), 1e300, dtype=torch.float64)}, [], "ctx"),
+    ({"image_encoder.VPT": torch.zeros(4, 128)}, [], "IVLP"),
+    ({"text_encoder.transformer.resblocks.1.VPT_shallow": torch.zeros(4, 64)}, [], "IVLP"),
+    ({7: torch.zeros(2)}, [], "7"),
     ({"image_encoder.extra": torch.zeros(2)}, [], "visual.extra"),
     ({"something.else": torch.zeros(2)}, [], "something.else"),
     ({}, ["image_encoder.conv1.weight"], "visual.conv1.weight"),
@@ -99,6 +104,79 @@ def test_a_checkpoint_goes_onto_the_clip_it_was_trained_on_and_no_other(clip):
     with pytest.raises(ValueError, match="trained on another CLIP") as error:
         MaPLe.from_official(state, token_ids=token_ids(), clip=clip)
     assert one_sentence(error.value)
+
+
+class Words:
+    """A tokenizer of whole words: 98 starts, 99 ends, a stop is a word of its own; 0 pads to 77 tokens."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, prompts, **_):
+        ids = torch.zeros(len(prompts), 77, dtype=torch.long)
+        for row, prompt in zip(ids, prompts):
+            words = prompt.replace(".", " .").split()
+            tokens = [98, *(self.known.setdefault(word, 1 + len(self.known)) for word in words), 99]
+            row[:len(tokens)] = torch.tensor(tokens)
+        return BatchEncoding({"input_ids": ids})
+
+
+def trained_with(before, n, classes=CLASSES, half=True):
+    """A checkpoint trained with these words in front of every class, its CLIP and the tokens of its prompts."""
+    state, table = state_dict(depth=2, n=n)
+    ids = Words()([f"{before} {name}." for name in classes])["input_ids"]
+    state["prompt_learner.token_suffix"] = table[ids[:, 1 + n:]]
+    clip = MaPLe.from_official(state, token_embedding=table, token_ids=ids)
+    clip.tokenizer = Words()
+    clip.tokenizer([f"{before} {name}." for name in classes])  # the same words have the same numbers
+    return ({key: value.half() for key, value in state.items()} if half else state), table, clip, ids
+
+
+@pytest.mark.parametrize("before, n", [
+    ("a photo of a", 1), ("a photo of a", 2), ("a photo of a", 4), ("an image of a", 2), ("X", 1), ("X X", 2),
+    ("X X X", 3), ("X X X X", 4), ("X X X X X X", 6), ("a photo", 2)])
+@pytest.mark.parametrize("half", [False, True])
+def test_classes_are_called_as_in_training(before, n, half, tmp_path):
+    """Words that are learned have no other meaning than their number; those behind them stand in the checkpoint."""
+    state, table, clip, ids = trained_with(before, n, half=half)
+    model = MaPLe.from_official(state, clip=clip, class_names=CLASSES)
+    expected = text_embeddings({k: v.float() for k, v in state.items()}, table, ids)
+    assert (model.text_features() - expected).abs().max() < (2e-3 if half else 1e-5)
+    again = model.for_classes(CLASSES[::-1]).text_features()
+    torch.testing.assert_close(again, model.text_features().flip(0), rtol=1e-5, atol=1e-5)
+    model.save(tmp_path)
+    torch.testing.assert_close(MaPLe.load(tmp_path, clip, CLASSES).text_features(), model.text_features())
+
+
+@pytest.mark.parametrize("before, n, classes", [
+    ("this is a photo of a", 2, CLASSES), ("a photo of the", 2, CLASSES), ("a picture of my", 3, CLASSES),
+    ("X X", 2, ("big cat", "big dog")), ("X", 1, ("cat",))])
+def test_words_that_cannot_be_told_are_refused(before, n, classes):
+    state, _, clip, ids = trained_with(before, n, classes)
+    with pytest.raises(ValueError, match="token_ids") as error:
+        MaPLe.from_official(state, clip=clip, class_names=CLASSES)
+    assert one_sentence(error.value)
+    MaPLe.from_official(state, clip=clip, token_ids=ids)
+
+
+@pytest.mark.parametrize("suffix", [
+    None, torch.zeros(3), torch.zeros(3, 74, 5), torch.zeros(3, 1, 64), torch.zeros(0, 74, 64)])
+def test_a_checkpoint_that_does_not_tell_its_words_is_refused(suffix):
+    state, _, clip, _ = trained_with("a photo of a", 2)
+    del state["prompt_learner.token_suffix"]
+    if suffix is not None:
+        state["prompt_learner.token_suffix"] = suffix
+    with pytest.raises(ValueError, match="token_suffix") as error:
+        MaPLe.from_official(state, clip=clip, class_names=CLASSES)
+    assert one_sentence(error.value)
+
+
+def test_more_tokens_than_words_leave_the_names_whole(clip):
+    """Six learned tokens take the place of six placeholders, not of the template and two words of the name."""
+    model = new_maple(clip, ["big truck", "red truck"], n=6, depth=1, vision=False, seed=0)
+    assert (model.text_features()[0] - model.text_features()[1]).abs().max() > 1e-3
+    assert model.token_ids.shape[1] == len("start 1 2 3 4 5 6 big truck end".split())
+    torch.testing.assert_close(model.for_classes(["red truck"]).text_features()[0], model.text_features()[1])
 
 
 # On any CLIP --------------------------------------------------------------------------------------------

@@ -186,7 +186,10 @@ def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revisio
     else:
         size = model.config.vision_config.image_size
         processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    tokenizer = _beside(path if path.is_dir() else path.parent, "tokenizer_config.json", AutoTokenizer.from_pretrained)
+    tokenizer = _beside(path if path.is_dir() else path.parent, "tokenizer_config.json", _tokenizer)
+    if tokenizer is not None and len(tokenizer) > (words := model.config.text_config.vocab_size):
+        raise ValueError(f"The tokenizer of {path} has {len(tokenizer):,} tokens, but its CLIP knows {words:,}; fetch "
+                         "both again.")
     return Clip(model.to(device), tokenizer, processor)
 
 
@@ -206,6 +209,12 @@ def _processor(folder: str) -> CLIPImageProcessorPil:
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     grey_levels(processor)
     return processor
+
+
+def _tokenizer(folder: str):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer(["a photo of a cat."])
+    return tokenizer
 
 
 def _beside(folder: Path, name: str, load: Callable):

@@ -15,7 +15,7 @@ from torch import nn
 from patchsae.clip import Clip
 from patchsae.weights.clips import openai_clip, renamed
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash
-from patchsae.weights.foreign import read_state_dict, short
+from patchsae.weights.foreign import read_state_dict
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
@@ -284,10 +284,9 @@ def _split(state: dict) -> tuple[dict, dict]:
     learned, frozen = {}, {}
     prefixes = {"prompt_learner.": (learned, ""), "image_encoder.": (frozen, "visual."), "text_encoder.": (frozen, "")}
     for key, value in state.items():
-        prefix = next((p for p in prefixes if str(key).startswith(p)), None)
+        prefix = next((p for p in prefixes if isinstance(key, str) and key.startswith(p)), None)
         if not torch.is_tensor(value) or prefix is None and key != "logit_scale":
-            raise ValueError(f"The checkpoint's key {short(str(key))} does not belong to MaPLe; give its "
-                             "model.pth.tar-N.")
+            raise ValueError(f"The checkpoint's key {key!r:.80} does not belong to MaPLe; give its model.pth.tar-N.")
         if "VPT" in key:
             raise ValueError(f"The checkpoint is of IVLP, by its key {key}: its image prompts do not follow from its "
                              "text prompts, so that it cannot be read; give a checkpoint of MaPLe.")

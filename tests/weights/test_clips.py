@@ -1,11 +1,14 @@
 """CLIP in OpenAI's layout: the same model as in transformers' layout, whatever the file."""
 
+import json
+import os
 import re
 
 import pytest
 import torch
 from conftest import one_sentence
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_foreign import Calls, zip_with
 from transformers import CLIPConfig, CLIPModel
 
 from patchsae import load_clip
@@ -121,6 +124,89 @@ def test_weights_that_are_no_numbers_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="not finite in visual_projection") as error:
         load_clip(tmp_path / "a.pt")
     assert one_sentence(error.value)
+
+
+def test_weights_beyond_float32_are_one_sentence(tmp_path):
+    names = openai_names(small_clip())
+    names["visual.proj"] = names["visual.proj"].double() * 1e300
+    torch.save(names, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="not finite in visual_projection") as error:
+        load_clip(tmp_path / "a.pt")
+    assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("name", [
+    "visual.VPT", "transformer.resblocks.0.VPT_shallow", "visual.attnpool.k_proj.weight", "x",
+    "visual.transformer.resblocks.1", "visual.transformer.resblocks.one.ln_1.weight"])
+def test_a_weight_that_no_clip_has_is_one_sentence(tmp_path, name):
+    torch.save(openai_names(small_clip()) | {name: torch.ones(3)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError) as error:
+        load_clip(tmp_path / "a.pt")
+    assert one_sentence(error.value) and name.split(".")[-1] in str(error.value)
+
+
+def test_records_inside_themselves_or_without_end_are_one_sentence(tmp_path):
+    """What a scripted model is read as; in a tree of shared records the number of names doubles with every level."""
+    inside = b"ca\nB\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb"
+    shared = b"ca\nB\n)\x81q\x00" + b"".join(
+        b"0ca\nB\n)\x81}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00" for _ in range(64))
+    deep = b"ca\nB\n)\x81}X\x01\x00\x00\x00a" * 5000 + b"K\x01" + b"sb" * 5000
+    for code in (inside, shared, deep):
+        with pytest.raises(ValueError) as error:
+            load_clip(zip_with(tmp_path / "a.pt", b"\x80\x02" + code + b"."))
+        assert one_sentence(error.value)
+
+
+# Folders in the layout of transformers
+
+@pytest.fixture
+def folder(tmp_path):
+    small_clip().save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def in_parts(folder, name):
+    """The same weights in three files and an index; of a name's ending."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, place = sorted(weights), {}
+    for part in range(3):
+        stem, ending = name.split(".")
+        file = f"{stem}-0000{part + 1}-of-00003.{ending}"
+        place |= {key: file for key in names[part::3]}
+        own = {key: weights[key] for key in names[part::3]}
+        save_file(own, folder / file) if ending == "safetensors" else torch.save(own, folder / file)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+
+
+@pytest.mark.parametrize("form", ["bin", "legacy bin", "bin in parts", "safetensors in parts"])
+def test_weights_of_every_kind_give_the_same_model(folder, form):
+    expected = load_clip(folder).fingerprint()
+    if form.endswith("parts"):
+        in_parts(folder, "pytorch_model.bin" if form.startswith("bin") else "model.safetensors")
+    else:
+        weights = load_file(folder / "model.safetensors")
+        weights |= {f"{side}_model.embeddings.position_ids": torch.arange(5)[None] for side in ("vision", "text")}
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
+    assert load_clip(folder).fingerprint() == expected
+    if form.endswith("parts"):
+        next(folder.glob("*-00002-*")).unlink()
+        with pytest.raises(ValueError) as error:
+            load_clip(folder)
+        assert one_sentence(error.value)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_pickled_weights_that_would_run_something_are_one_sentence(folder, tmp_path, parts):
+    in_parts(folder, "pytorch_model.bin")
+    weights = {"logit_scale": torch.ones(()), "more": Calls(os.system, f"touch {tmp_path / 'trace'}")}
+    if not parts:
+        (folder / "pytorch_model.bin.index.json").unlink()
+    torch.save(weights, folder / ("pytorch_model-00002-of-00003.bin" if parts else "pytorch_model.bin"))
+    with pytest.raises(ValueError, match="posix.system") as error:
+        load_clip(folder)
+    assert one_sentence(error.value) and not (tmp_path / "trace").exists()
 
 
 def test_names_on_the_hub_may_carry_a_revision(monkeypatch):

@@ -285,6 +285,34 @@ def test_official_files_are_what_their_cfg_says(tmp_path, changes, more, entry, 
     assert one_sentence(error.value)
 
 
+class Node:
+    """A settings object that holds others."""
+
+
+@pytest.mark.parametrize("place", ["d_in", "gated_sae", "cfg", "key", "state_dict", "beside"])
+def test_settings_inside_each_other_are_one_sentence_or_ignored(tmp_path, place):
+    """To write out what is shared on 64 levels would take for ever."""
+    node = Node()
+    node.itself = node
+    for _ in range(64):
+        around = Node()
+        around.left = around.right = node
+        node = around
+    w = values()
+    config = {"d_in": D, "d_sae": S} | ({place: node} if place in ("d_in", "gated_sae") else {})
+    content = {"cfg": node if place == "cfg" else config, "state_dict": node if place == "state_dict" else w}
+    if place in ("key", "beside"):
+        (w if place == "key" else content)[node] = node
+    torch.save(content, tmp_path / "out.pt")
+    w.pop(node, None)
+    if place in ("cfg", "key", "beside"):
+        assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "out.pt"), w)
+        return
+    with pytest.raises(ValueError) as error:
+        read_sae(tmp_path / "out.pt")
+    assert one_sentence(error.value)
+
+
 def test_the_official_writer_gives_the_authors_loader_what_it_asks_for(tmp_path):
     """Their constructor reads these settings before it takes the weights; the file is unpickled as they do."""
     write_official(tmp_path / "out.pt", random_sae(D, S))

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from patchsae.weights.files import first_line, load_json, model_files
-from patchsae.weights.foreign import Record, read_state_dict
+from patchsae.weights.foreign import read_state_dict
 
 #: Parts of a block: OpenAI's name -> transformers' name. Attention is one matrix there and three here.
 BLOCK = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
@@ -29,15 +29,13 @@ TOWERS = {
     "logit_scale": ("logit_scale", False)}
 #: Numbers that stand among the tensors and follow from their shapes.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-#: Records inside each other that are followed; a scripted CLIP has six.
-DEEPEST = 50
 
 
 def read_clip(path: Path) -> CLIPModel:
     """A CLIP vision transformer in float32, from a folder (``config.json`` and files of weights) or OpenAI's file."""
     if path.is_file():
-        content = flat(read_state_dict(path))
-        return openai_clip({name: tensor for name, tensor in content.items() if name not in NOT_WEIGHTS}, path)
+        tensors = read_state_dict(path)
+        return openai_clip({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}, path)
     settings, files = path / "config.json", model_files(path)
     if not settings.is_file() or not files:
         lacking = "files of weights" if settings.is_file() else settings.name
@@ -83,20 +81,6 @@ def build_clip(config: CLIPConfig, tensors: dict[str, torch.Tensor], where: str 
         if not tensors[name].isfinite().all():
             raise ValueError(f"{where} has values that are not finite in {name}; fetch it again.")
     return CLIPModel.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-
-
-def flat(content: dict) -> dict[str, torch.Tensor]:
-    """The tensors of nested records by their dotted names, as a state dict has them; each record is met once."""
-    found, seen, todo = {}, set(), [("", content)]
-    while todo:
-        before, attributes = todo.pop()
-        for name, value in attributes.items():
-            if torch.is_tensor(value):
-                found[f"{before}{name}"] = value
-            elif isinstance(value, Record) and id(value) not in seen and before.count(".") < DEEPEST:
-                seen.add(id(value))
-                todo.append((f"{before}{name}.", value))
-    return found
 
 
 def shape_of(tensors: dict[str, torch.Tensor]) -> CLIPConfig:

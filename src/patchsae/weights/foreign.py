@@ -41,6 +41,7 @@ class Record(dict):
     """An object of a class that is not imported: its attributes; ``kind`` and ``arguments`` say what made it."""
 
     kind, inert, arguments = "", True, ()
+    __hash__ = object.__hash__  # as what it stands for has
 
     def __new__(cls, *arguments, **named):
         if not cls.inert:
@@ -177,16 +178,28 @@ def read_foreign(path: str | Path) -> dict:
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by their names: of a safetensors file, or of a checkpoint or its entry ``state_dict``."""
+    """Tensors by their names: of a safetensors file, or of a checkpoint."""
     return load_tensors(path) if path.suffix == ".safetensors" else state_dict_of(read_foreign(path), path)
 
 
-def state_dict_of(content: dict, path: Path) -> dict:
-    """The entry ``state_dict`` of a checkpoint, or all of one that has none."""
+def state_dict_of(content: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's entry ``state_dict``, or of all of one that has none, by their names.
+
+    Those of records, which scripted models are read as, have dotted names; a record is met once.
+    """
     inner = content.get("state_dict", content)
     if not isinstance(inner, dict):
         raise ValueError(f"{path} has no dictionary as its state_dict; give a file of weights.")
-    return inner
+    found, seen, todo = {}, set(), [("", inner)]
+    while todo:
+        before, attributes = todo.pop()
+        for name, value in attributes.items():
+            if isinstance(name, str) and torch.is_tensor(value):
+                found[before + name] = value
+            elif isinstance(name, str) and isinstance(value, Record) and id(value) not in seen and len(before) < 1000:
+                seen.add(id(value))
+                todo.append((f"{before}{name}.", value))
+    return found
 
 
 def _read_zip(path: Path):

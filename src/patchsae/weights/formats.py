@@ -178,8 +178,8 @@ def _settings(file: Path, content: dict) -> tuple[str, dict]:
         return OWN_FORMAT, load_json(beside, "d_model", "n_latents")
     if file.suffix != ".safetensors" and {"cfg", "config"} & set(content):
         said = content.get("cfg", content.get("config"))
-        said = said if isinstance(said, dict) else {}
-        return "torch file", _plain(said, OFFICIAL_PLAIN, file)
+        said = _plain(said, OFFICIAL_PLAIN, file) if isinstance(said, dict) else {}
+        return "torch file", {key: said[key] for key in ("d_in", "d_sae") if key in said}
     return _fastsae_settings(file)
 
 
@@ -213,10 +213,15 @@ def _fastsae_settings(file: Path) -> tuple[str, dict]:
 def _plain(settings: dict, allowed: dict[str, tuple], path: Path) -> dict:
     """Settings that say nothing but what this package computes."""
     for key, values in allowed.items():
-        if key in settings and repr(settings[key]) not in map(repr, values):
-            raise ValueError(f"{path} says {key} = {settings[key]!r:.80}, which this package does not compute; choose "
-                             f"an autoencoder with {key} = {values[0]!r}.")
+        if key in settings and _shown(settings[key]) not in map(_shown, values):
+            raise ValueError(f"{path} says {key} = {_shown(settings[key])}, which this package does not compute; "
+                             f"choose an autoencoder with {key} = {values[0]!r}.")
     return settings
+
+
+def _shown(value) -> str:
+    """A setting as it is compared and shown; anything but a word or number, which can be without end, by its type."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
 
 
 def _json(path: Path) -> dict:
@@ -249,12 +254,11 @@ def _checked(stored: dict, file: Path, activation: str, form: str) -> dict[str, 
 def _named(stored: dict, names: tuple[str, ...], activation: str, file: Path) -> dict[str, torch.Tensor]:
     """The tensors of these names, whatever stands before all of them; beside them there may be counters alone, since
     other weights (a gate, thresholds, a scale) make another function of them."""
-    before = [str(key).removesuffix("W_enc") for key in stored if str(key).split(".")[-1] == "W_enc"]
+    before = [key.removesuffix("W_enc") for key in stored if key.split(".")[-1] == "W_enc"]
     if len(before) != 1:
         raise ValueError(f"{file} has {len(before)} tensors called W_enc where one is needed; give the file of an "
                          "autoencoder.")
-    tensors = {str(key).removeprefix(before[0]): value for key, value in stored.items()
-               if torch.is_tensor(value) and str(key).startswith(before[0])}
+    tensors = {key.removeprefix(before[0]): value for key, value in stored.items() if key.startswith(before[0])}
     weights = {name for name, tensor in tensors.items() if "." not in name and tensor.is_floating_point()}
     if "scaling_factor" in weights and (tensors["scaling_factor"] == 1).all():
         weights.remove("scaling_factor")
@@ -279,11 +283,11 @@ def checked_k(activation: str, k: int, n_latents: int) -> int:
 def _agrees(settings: dict, tensors: dict[str, torch.Tensor], own: str, file: Path) -> bool:
     """Whether the settings state a hash of the weights; sizes and hash that they state must be the weights' own."""
     d_model, n_latents = tensors["W_enc"].shape
-    stated = (settings.get("d_model", settings.get("d_in", d_model)),
-              settings.get("n_latents", settings.get("d_sae", n_latents)))
-    if [repr(size) for size in stated] != [repr(d_model), repr(n_latents)]:  # a tensor has no truth value
-        raise ValueError(f"{file} is of width {d_model} with {n_latents} latents, but its settings say "
-                         f"{stated[0]!r:.80} and {stated[1]!r:.80}; fetch or train it again.")
+    stated = [_shown(settings.get("d_model", settings.get("d_in", d_model))),
+              _shown(settings.get("n_latents", settings.get("d_sae", n_latents)))]
+    if stated != [str(d_model), str(n_latents)]:
+        raise ValueError(f"{file} is of width {d_model} with {n_latents} latents, but its settings say {stated[0]} and "
+                         f"{stated[1]}; fetch or train it again.")
     if settings.get("hash", own) != own:
         raise ValueError(f"{file} does not have the hash that stands beside it: it is damaged or another file; "
                          "fetch or train it again.")
