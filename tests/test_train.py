@@ -624,11 +624,13 @@ def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monk
 
 def test_command_line(monkeypatch, tmp_path, capsys):
     """``python -m patchsae train --profile mini`` trains where the notebooks look for it."""
-    seen = []
-    monkeypatch.setattr(patchsae.train, "train_sae", lambda profile, clip, ds, folder: seen.append((profile, folder)))
+    seen, log = [], pd.DataFrame([range(8)], columns=LOG_COLUMNS)
+    monkeypatch.setattr("patchsae.studies.study.train_sae",
+                        lambda profile, clip, ds, folder: seen.append((profile, folder)) or (None, log))
     main(["train", "--profile", "mini"])
     (profile, folder), = seen
-    assert profile.name == "mini" and profile.short(folder) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert profile.name == "mini" and profile.short(folder) in said and "5.0 latents are active" in said
     with pytest.raises(SystemExit) as error:
         main(["train", "--profile", "none"])
     assert one_sentence(str(error.value))

@@ -18,11 +18,12 @@ def _train(options) -> str:
     """train the profile's autoencoder and keep it where the notebooks look for it"""
     from patchsae.project.new import judgement
     from patchsae.studies.study import open_study, run_folder
-    from patchsae.train import train_sae
 
     study = open_study(options.profile)
+    log = study.training()[1]
+    if log is None:
+        return f"There is nothing to train: the profile names the autoencoder {study.profile.sae.weights}."
     folder = run_folder(study.profile, study.clip)
-    log = train_sae(study.profile, study.clip, study.train, folder)[1]
     return f"The autoencoder is in {study.profile.short(folder)}; {judgement(log, study.clip.width)}"
 
 

@@ -262,7 +262,7 @@ def _trained_template(clip: Clip, n: int, suffix: torch.Tensor | None) -> str:
         return template_of(n)
     left = tokenise(clip, [TEMPLATE.format("x")])[0, 1 + n:1 + WORDS]
     left = clip.model.text_model.embeddings.token_embedding(left).cpu()
-    if not torch.is_tensor(suffix) or suffix.ndim != 3 or suffix[0, :len(left)].shape != left.shape:
+    if not torch.is_tensor(suffix) or suffix.ndim != 3 or not len(suffix) or suffix[0, :len(left)].shape != left.shape:
         raise ValueError("The checkpoint has no prompt_learner.token_suffix to tell which words it was trained with; "
                          "give token_ids.")
     start = suffix[:, :len(left)].float().cpu()

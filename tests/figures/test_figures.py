@@ -34,7 +34,7 @@ PROBES = pd.DataFrame({"layer": [1, 2, 1, 2], "concept": "noun", "accuracy": [0.
                        "tokens": ["patch", "patch", "class", "class"], "chance": 0.1})
 PAIR = pd.DataFrame({"image": ["photo", "photo", "sketch"], "latent": [3, 4, 3],
                      "activation": [0.5, 0.2, 0.4]})
-ROW = figures.Row("latent 3: red", [IMAGE] * 3, "frequency 0.12, activation 0.31", [None, TRUTH, "#d55e00"])
+ROW = figures.Row("latent 3: red", [IMAGE] * 3, "frequency 0.12, activation 0.31")
 MASK = figures.MaskRow("latent 3", IMAGE, HEAT, IMAGE, TRUTH, "IoU 0.7")
 STYLE = figures.StyleLatent(3, "latent 3: shared", [IMAGE] * 2, [IMAGE] * 4)
 LAYER = figures.LayerLatent("latent 3", HEAT, [IMAGE] * 4)
@@ -48,12 +48,12 @@ PLOTS = {
     "style_pair": lambda: figures.style_pair(PAIR, {"photo": IMAGE, "sketch": IMAGE}, [STYLE]),
 }
 SHEETS = {
-    "image_rows": lambda: figures.image_rows([ROW, ROW._replace(marks=None, caption="")]),
+    "image_rows": lambda: figures.image_rows([ROW, ROW._replace(caption="")]),
     "mask_rows": lambda: figures.mask_rows([MASK, MASK._replace(image=None, truth=None)], columns=2),
     "layers_grid": lambda: figures.layers_grid(IMAGE, (1, 2), {"layer 11": [LAYER], "layer 2": [LAYER]}),
-    "schematic_overview": lambda: figures.schematic_overview([IMAGE]),
+    "schematic_overview": lambda: figures.schematic_overview([IMAGE] * 6),
     "schematic_autoencoder": lambda: figures.schematic_autoencoder(),
-    "schematic_ablation": lambda: figures.schematic_ablation(),
+    "schematic_ablation": lambda: figures.schematic_ablation([IMAGE] * 6),
 }
 
 

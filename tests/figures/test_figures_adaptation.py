@@ -32,13 +32,30 @@ def labels_of(figure):
     return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
+def drawn_in(panel, axis):
+    """Every number that lines and collections of a panel have along an axis."""
+    parts = [line.get_xydata()[:, axis] for line in panel.lines]
+    parts += [np.asarray(c.get_offsets())[:, axis] for c in panel.collections if len(c.get_offsets())]
+    return np.concatenate([np.asarray(part, float) for part in parts])
+
+
+def all_in(expected, drawn):
+    """Whether every number is drawn."""
+    return all(np.isclose(drawn, number).any() for number in expected)
+
+
+def values_of(panel):
+    """The numbers of a heat map."""
+    return (panel.images or panel.collections)[0].get_array()
+
+
 def test_method_dots_show_every_method_once_a_task():
     rows = table(task=TASKS, half=HALVES, method=list(fa.METHOD_LOOKS))
     figure = fa.method_dots(rows)
     assert labels_of(figure) == {look[0] for look in fa.METHOD_LOOKS.values()}
     panel = figure.axes[0]
-    drawn = sorted(x for line in panel.lines for x in line.get_xdata())
-    assert np.allclose(drawn, sorted(rows[rows["half"] == "base"]["accuracy"]))
+    assert all_in(rows[rows["half"] == "base"]["accuracy"], drawn_in(panel, 0))
+    assert not all_in(rows["accuracy"] + 2, drawn_in(panel, 0))
     assert [t.get_text() for t in panel.get_yticklabels()] == list(TASKS)
 
 
@@ -50,9 +67,8 @@ def test_read_dots_show_what_is_read():
 def test_gain_bars_are_as_long_as_the_parts():
     rows = table(task=TASKS, half=HALVES, part=["image", "text", "interaction", "gain"])
     figure = fa.gain_bars(rows.rename(columns={"accuracy": "points"}))
-    widths = sorted(bar.get_width() for bar in figure.axes[0].patches)
-    expected = rows[(rows["half"] == "base") & (rows["part"] != "gain")]["accuracy"]
-    assert np.allclose(widths, sorted(expected))
+    widths = np.array([bar.get_width() for bar in figure.axes[0].patches])
+    assert all_in(rows[(rows["half"] == "base") & (rows["part"] != "gain")]["accuracy"], widths)
 
 
 def test_of_many_points_equal_ones_are_drawn_once(monkeypatch):
@@ -69,7 +85,8 @@ def test_confusions_name_classes_where_names_fit():
     for n, name in ((3, "class 2"), (fa.MOST_NAMED + 1, "")):
         names = [f"class {i}" for i in range(n)]
         panel = fa.confusions(np.eye(n), np.eye(n), names, ["a", "b"]).axes[0]
-        assert panel.get_yticklabels()[2].get_text() == name
+        labels = [label.get_text() for label in panel.get_yticklabels()]
+        assert name in labels if name else not any(labels)
 
 
 def test_masking_panels_have_a_line_per_pair_of_sides():
@@ -77,7 +94,8 @@ def test_masking_panels_have_a_line_per_pair_of_sides():
                  k=(1, 10, 100))
     figure = fa.masking_panels(rows, "on")
     assert sum(bool(axes.lines) for axes in figure.axes) == len(TASKS) and len(labels_of(figure)) == 4
-    assert all(len(axes.lines) == 4 for axes in figure.axes[:len(TASKS)])
+    for task, panel in zip(TASKS, figure.axes):
+        assert all_in(rows[(rows["task"] == task) & (rows["mode"] == "on")]["accuracy"], drawn_in(panel, 1))
 
 
 def test_activation_scatter_colours_the_members():
@@ -96,10 +114,10 @@ def test_group_curves_confusions_concept_maps_and_sides_draw():
     assert len(fa.group_curves(sizes).axes) == 3
     names = ("cat", "dog", "pig")
     figure = fa.confusions(np.eye(3) * 4, np.ones((3, 3)), names, ["CLIP", "MaPLe"])
-    assert np.allclose(figure.axes[1].images[0].get_array(), 1 / 3)
+    assert np.allclose(values_of(figure.axes[1]), 1 / 3)
     frame = pd.DataFrame(np.diag([1.0, 2.0, 3.0]), index=names, columns=names)
     maps = fa.concept_maps(frame, 2 * frame, ["CLIP", "MaPLe"])
-    assert np.allclose(maps.axes[2].images[0].get_array(), frame)
+    assert np.allclose(values_of(maps.axes[2]), frame)
     sides = table(autoencoder=("clip", "adapted"), classifies=("clip", "adapted"), mode=("on", "off"), k=(1, 10, 100))
     assert len(labels_of(fa.sides_curves(sides))) == 4
 

@@ -38,7 +38,7 @@ PLOTS = {
     "concept_dots": lambda: drawn.concept_dots(CONCEPTS, 0.6),
     "width_curves": lambda: drawn.width_curves(WIDTH, 0.98),
     "interpretability_scatter": lambda: drawn.interpretability_scatter(
-        LATENTS, "precision", BOXES, region_means(LATENTS, "precision", BOXES, n=20),
+        LATENTS.assign(latent=range(len(LATENTS))), "precision", BOXES, region_means(LATENTS, "precision", BOXES, n=20),
         regression(LATENTS, "precision", n=20)),
     "latent_histograms": lambda: drawn.latent_histograms(MEASURES),
     "transfer_dots": lambda: drawn.transfer_dots(MOVED, 0.6),

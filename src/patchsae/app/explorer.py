@@ -13,16 +13,16 @@ import torch
 
 from patchsae.activations import load_pixels
 from patchsae.app.state import CELLS, LISTED, UPLOAD, State
-from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import Profile, device
-from patchsae.data.datasets import open_dataset, templates
-from patchsae.latents import LatentStatistics, saved_latents
+from patchsae.clip import Clip, class_prototypes
+from patchsae.config import Profile
+from patchsae.data.datasets import templates
+from patchsae.latents import LatentStatistics
 from patchsae.masks import soft_mask
 from patchsae.sae import SparseAutoencoder
-from patchsae.studies.adapt import Adapted, adaptation_key, adapted_model
+from patchsae.studies.adapt import Adapted, Recipe, adapted_model, kept_folder
 from patchsae.studies.gallery import strongest
 from patchsae.studies.names import latent_names, reference_concepts
-from patchsae.studies.study import trained_sae
+from patchsae.studies.study import Study
 
 
 class View(NamedTuple):
@@ -302,27 +302,21 @@ def scatter_limits(stats: LatentStatistics) -> tuple[float, float, float, float]
 def open_explorer(profile: Profile) -> Explorer:
     """The explorer of a profile: its model, autoencoder and statistics, its tasks' test images to choose from, and
     the models adapted to these tasks that were trained before."""
-    clip = load_clip(profile.model.name, device())
-    train = open_dataset(profile, profile.data.task, "train")
-    sae = trained_sae(profile, clip, train)
-    stats = saved_latents(profile.run_dir, clip, sae, train, profile.model.layer, profile.latents.tau,
-                          profile.latents.n_reference, profile.data.batch_images)
-    datasets, prompts, adapted = {}, {}, {}
+    study, datasets, prompts, adapted = Study(profile), {}, {}, {}
     for task in (profile.data.task, *profile.data.transfer):
         name = f"{task}/test"
         try:
-            datasets[name], prompts[name] = open_dataset(profile, task, "test"), templates(profile, task)
-            adapted |= {name: model} if (model := _adapted(profile, clip, task)) else {}
+            datasets[name], prompts[name] = study.images(task, "test"), templates(profile, task)
+            adapted |= {name: model} if (model := _adapted(study, task)) else {}
         except FileNotFoundError:  # images of other tasks are there to choose from if they are there
             if task == profile.data.task:
                 raise
-    return Explorer(clip, sae, stats, train, profile.model.layer, datasets, prompts, adapted)
+    return Explorer(study.clip, study.sae, study.stats, study.train, study.layer, datasets, prompts, adapted)
 
 
-def _adapted(profile: Profile, clip: Clip, task: str) -> Adapted | None:
+def _adapted(study: Study, task: str) -> Adapted | None:
     """MaPLe on the base classes of a task, if it was trained before: nobody waits for that here."""
-    seed = profile.adaptation.seeds[0]
-    train = open_dataset(profile, task, "train")
-    key = adaptation_key(profile, clip, task, "maple", seed, train)
-    known = any((folder / "adapted" / key).is_dir() for folder in (profile.data_dir, profile.run_dir))
-    return adapted_model(profile, clip, task, "maple", seed, train) if known else None
+    if not study.profile.adaptation.seeds or study.clip.tokenizer is None:
+        return None
+    recipe = Recipe(study, task, "maple", study.profile.adaptation.seeds[0])
+    return adapted_model(recipe) if kept_folder(recipe) else None
