@@ -249,7 +249,7 @@ def dashboard(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
     environment = os.environ | {"PATCHSAE_FIGURES": str(folder), "PROFILE": "mini"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "patchsae.app.dashboard", "--latents", "100-170"]
+    command = [sys.executable, "-m", "patchsae", "dashboard", "--latents", "100-170"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "mini" / "dashboard"
