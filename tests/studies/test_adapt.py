@@ -4,14 +4,17 @@ import dataclasses
 import random
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import SIDE, one_sentence
+from PIL import Image
 from test_maple import CLASSES
 
 from patchsae import ArrayDataset
 from patchsae.clip import Clip
 from patchsae.config import MethodSettings
+from patchsae.data.images import FileDataset
 from patchsae.studies import adapt
 from patchsae.studies.adapt import (
     METHODS,
@@ -127,7 +130,7 @@ def test_training_is_a_function_of_its_seed(clip, quick, task_data, method):
 
 
 def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
-    kept, pixels, wrap = {}, task_data.pixels[:2], adapt.get_peft_model
+    kept, pixels, wrap = {}, task_data.pixels[:2], peft.get_peft_model
 
     def watched(*arguments):
         lora = wrap(*arguments)
@@ -140,7 +143,7 @@ def test_merged_lora_is_what_was_trained(clip, quick, task_data, monkeypatch):
         lora.merge_and_unload = merged
         return lora
 
-    monkeypatch.setattr(adapt, "get_peft_model", watched)
+    monkeypatch.setattr(peft, "get_peft_model", watched)
     tower = adapt.adapt(Recipe(quick, "nouns", "lora", 1)).tower
     after = tower.model.vision_model(pixel_values=pixels).pooler_output
     assert torch.allclose(after, kept["before"], atol=1e-4)
@@ -207,3 +210,17 @@ def test_an_unknown_method_is_one_sentence(clip, quick, task_data):
     with pytest.raises(ValueError, match="prefix") as error:
         adapt.adapt(Recipe(quick, "nouns", "prefix", 1))
     assert one_sentence(error.value)
+
+
+def test_shots_that_cannot_be_read_are_left_out(quick, clip, tmp_path):
+    """Ten files of five classes, the third of them no image: the others are learned from."""
+    files = [(tmp_path / f"{i}.png", i % 5) for i in range(10)]
+    for i, (path, _) in enumerate(files):
+        Image.fromarray(np.full((SIDE, SIDE, 3), 20 * i, np.uint8)).save(path)
+    files[2][0].write_bytes(b"no image")
+    ds = FileDataset(tmp_path, files, ("cat", "dog", "pig", "owl", "duck"), SIDE)
+    recipe = Recipe(study_of(quick.profile, clip, ds), "nouns", "maple")
+    shots = recipe.shots()
+    assert shots.labels.tolist() == [0, 0, 1, 1, 2]
+    assert [shots[i].id for i in range(5)] == [ds[i].id for i in (0, 5, 1, 6, 7)]
+    assert adapted_model(recipe).text(["cat"]).isfinite().all()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -117,6 +118,14 @@ class Images:
 
     def __getitem__(self, i: int) -> Item:
         raise NotImplementedError
+
+    def readable(self, rows) -> Iterator[tuple[int, Item]]:
+        """Those of the positions ``rows`` whose image can be read, with the image; the others are noted."""
+        for row in map(int, rows):
+            try:
+                yield row, self[row]
+            except Unreadable as error:
+                self.unreadable[row] = str(error)
 
     def scene(self, i: int):
         """Image ``i`` with its ground truth, where the source has ``concepts``."""

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -74,9 +73,12 @@ class Recipe(NamedTuple):
         return getattr(self.study.profile, self.method.replace(" ", "_").replace("-", "_"))
 
     def shots(self) -> Subset:
-        """The images that are learned from."""
+        """The images that are learned from; of those in files, what can be read."""
         classes = range(len(self.train.class_names)) if self.classes == "all" else halves(self.train)[self.classes]
-        return few_shots(self.train, classes, self.study.profile.adaptation.shots, self.seed)
+        shots = few_shots(self.train, classes, self.study.profile.adaptation.shots, self.seed)
+        if not shots.from_files:
+            return shots
+        return Subset(shots, range(len(classes)), [row for row, _ in shots.readable(range(len(shots)))])
 
 
 def halves(ds) -> dict[str, range]:
@@ -193,6 +195,8 @@ def _tuned(recipe: Recipe) -> Adapted:
     shots, s, tower = recipe.shots(), recipe.settings, _copied(recipe.study.clip)
     model = tower.model
     if recipe.method == "lora":  # puts its layers into the tower, and lets them alone have gradients
+        from peft import LoraConfig, get_peft_model  # of the extra "adapt", and slow to import
+
         lora = get_peft_model(model.vision_model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LORA_LAYERS))
     else:
         model.vision_model.requires_grad_(True)

@@ -39,7 +39,7 @@ def class_rows(ds, n_classes: int, k: int) -> list[Row]:
     many = len(ds.class_names)
     rows = []
     for label in range(0, many, max(1, many // n_classes))[:n_classes]:
-        items = [ds[i] for i in range(label, min(len(ds), many * k), many)]
+        items = [item for _, item in ds.readable(range(label, min(len(ds), many * k), many))]
         rows.append(Row(ds.class_names[label], [item.image for item in items if item.label == label]))
     return rows
 
