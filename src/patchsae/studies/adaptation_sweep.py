@@ -64,6 +64,11 @@ def clip_counts(study: Study, task: str, classes: range) -> torch.Tensor:
     return image_latents(study.clip, study.sae, seen, study.layer, p.latents.tau, p.data.batch_images)[1]
 
 
+def first_images(ds: Images, classes: range, n: int) -> Subset:
+    """Those of some classes among the first ``n`` images, at least one of each class: classes come in turn."""
+    return Subset(ds, classes, range(min(len(ds), max(n, len(ds.class_names)))))
+
+
 # Rows ---------------------------------------------------------------------------------------------------
 
 def accuracy_rows(recipe: Recipe) -> pd.DataFrame:
@@ -101,7 +106,7 @@ def latent_rows(recipe: Recipe) -> pd.DataFrame:
     rows = []
     for half, classes in halves(test).items():
         seen, unseen = Subset(train, classes), Subset(test, classes)
-        few = Subset(test, classes, range(len(test) // 2))
+        few = first_images(test, classes, len(test) // 2)
         (x, counts), (x_test, _) = (image_latents(after.tower, sae, ds, layer, tau, n) for ds in (seen, unseen))
         before = clip_counts(study, recipe.task, classes)
         read_out = fit_readout(x, torch.from_numpy(seen.labels).to(x.device), PENALTY)
