@@ -71,6 +71,10 @@ test: | env  ## run the unit tests, then every notebook from top to bottom
 		IPYTHONDIR="$(CURDIR)/build/ipython" TQDM_DISABLE=1 \
 		"$(PYTHON)" -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 1200 -p no:cacheprovider $(NOTEBOOKS))
 
+.PHONY: test-gpu
+test-gpu: | env  ## what a GPU does differently, in a process of its own; skipped in a sentence where there is none
+	TRITON_INTERPRET=0 "$(PYTHON)" -m pytest -q -rs -p no:cacheprovider tests/test_gpu.py
+
 notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 	@"$(PYTHON)" tools/run_notebook.py --in-place $(NOTEBOOKS)
 

@@ -1,0 +1,98 @@
+"""Every notebook from top to bottom, in miniature: under settings that nothing committed was made with."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Runs the cells of all notebooks in one process, as a kernel would; a notebook may end early with its sentence.
+RUN = """
+import json, pathlib, matplotlib
+matplotlib.use("Agg")
+from IPython.core.interactiveshell import InteractiveShell
+from patchsae.studies.study import LeftOut
+shell = InteractiveShell.instance()
+for path in sorted(pathlib.Path("notebooks").glob("*.ipynb")):
+    shell.reset(new_session=False)
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            done = shell.run_cell("".join(cell["source"]))
+            if isinstance(done.error_in_exec, LeftOut):
+                print("LEFT OUT:", path.stem, done.error_in_exec)
+                break
+            done.raise_error()
+    print("DONE:", path.stem, flush=True)
+"""
+#: So few images and steps that all notebooks take a minute.
+SMALL = {"train_images": "192", "test_images": "64", "steps": "60", "save_every": "30", "least_steps": "1", "epochs": "1",
+         "images": "64", "threads": "1"}
+
+
+def changed(text: str, settings: dict[str, str]) -> str:
+    """A profile with other values."""
+    for name, value in settings.items():
+        text, n = re.subn(rf"^{name} = \S+", f"{name} = {value}", text, flags=re.M)
+        assert n, name
+    return text
+
+
+def bounds_left_out(text: str) -> str:
+    """The profile without what results are held to: sixty steps train nothing."""
+    return re.sub(r"^\[bounds\].*?(?=^\[|\Z)", "", text, flags=re.M | re.S)
+
+
+def git(folder: Path, *arguments: str) -> list[str]:
+    name = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    done = subprocess.run(["git", *name, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def python(folder: Path, *arguments: str) -> str:
+    """What an interpreter says with the code and the data of a folder."""
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PROFILE": "mini", "OMP_NUM_THREADS": "1"}
+    environment.pop("PATCHSAE_HOME", None)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A repository that holds what notebooks read, all of it committed."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed.")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("src", "data/mini", "notebooks", "figures/mini"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("run", "__pycache__", "dashboard"))
+    for file in (*REPOSITORY.glob("data/*.csv"), REPOSITORY / ".gitignore", REPOSITORY / "pyproject.toml"):
+        shutil.copy(file, folder / file.relative_to(REPOSITORY))
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "As committed")
+    return folder
+
+
+@pytest.mark.parametrize("settings", [
+    {"l1": "3.9e-3"},
+    {"l1": "4.3e-4", "layer": "-3", "expansion": "3.5"},
+], ids=["lambda x 3", "lambda x 0.3, layer - 3, width x 2"])
+def test_every_notebook_follows_other_settings_and_reset_puts_all_back(checkout, settings):
+    """The profile itself is changed: committed tables stay as they are, results go to its run folder and its figures."""
+    file = checkout / "src/patchsae/profiles/mini.toml"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(bounds_left_out(changed(before, SMALL | settings)), encoding="utf-8")
+    said = python(checkout, "-c", RUN)
+    notebooks = sorted(path.stem for path in checkout.glob("notebooks/*.ipynb"))
+    assert re.findall(r"^DONE: (\S+)", said, re.M) == notebooks and "LEFT OUT" not in said
+    assert "shown as it is" in said  # committed tables of other settings say so
+    touched = [line[3:] for line in git(checkout, "status", "--porcelain")]
+    assert touched and all(name.startswith(("figures/mini/", "src/patchsae/profiles/mini.toml")) for name in touched)
+    python(checkout, "-m", "patchsae", "reset", "--yes")
+    assert [line[3:] for line in git(checkout, "status", "--porcelain")] == ["src/patchsae/profiles/mini.toml"]
+    file.write_text(before, encoding="utf-8")
+    assert not (checkout / "data/mini/run").exists() and not git(checkout, "status", "--porcelain")
