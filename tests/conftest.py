@@ -7,7 +7,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 if sys.platform == "linux":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # processes of one test meet on this machine, whatever its name
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: the kernels for GPUs are tested without one
+# Read when Triton is imported: the kernels for GPUs are tested without one, and by make test-gpu with one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest

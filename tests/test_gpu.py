@@ -126,7 +126,7 @@ def images() -> ArrayDataset:
                         class_names=("cat", "dog", "pig", "owl"))
 
 
-def test_a_run_on_the_gpu_resumes_to_the_same_bytes(small_counts_as_wide, profile, on_gpu, images, tmp_path, monkeypatch):
+def test_a_run_resumes_to_the_same_bytes(small_counts_as_wide, profile, on_gpu, images, tmp_path, monkeypatch):
     whole, log = train_sae(profile, on_gpu, images, tmp_path / "whole")
     steps, save = 0, Training.save
 
@@ -164,7 +164,8 @@ def test_statistics_masking_and_cache_are_those_of_the_cpu(clip, images, tmp_pat
     finally:
         clip.model.to("cpu")
     assert after[2].is_cuda
-    torch.testing.assert_close(after[0].mean_activation, before[0].mean_activation, rtol=1e-3, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(after[0].mean_activation, before[0].mean_activation, rtol=1e-3, atol=1e-4,
+                               equal_nan=True)
     assert (after[0].class_counts - before[0].class_counts).abs().sum() <= 1e-3 * before[0].class_counts.sum()
     assert np.abs(after[1] - before[1]).max() < 1e-2
     torch.testing.assert_close(after[2].cpu().float(), before[2].float(), rtol=1e-2, atol=1e-2)

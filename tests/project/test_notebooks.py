@@ -29,8 +29,8 @@ for path in sorted(pathlib.Path("notebooks").glob("*.ipynb")):
     print("DONE:", path.stem, flush=True)
 """
 #: So few images and steps that all notebooks take a minute.
-SMALL = {"train_images": "192", "test_images": "64", "steps": "60", "save_every": "30", "least_steps": "1", "epochs": "1",
-         "images": "64", "threads": "1"}
+SMALL = {"train_images": "192", "test_images": "64", "steps": "60", "save_every": "30", "least_steps": "1",
+         "epochs": "1", "images": "64", "threads": "1"}
 
 
 def changed(text: str, settings: dict[str, str]) -> str:
@@ -67,8 +67,9 @@ def checkout(tmp_path_factory) -> Path:
     if shutil.which("git") is None:
         pytest.skip("git is not installed.")
     folder = tmp_path_factory.mktemp("checkout")
+    left_out = shutil.ignore_patterns("run", "__pycache__", "dashboard")
     for name in ("src", "data/mini", "notebooks", "figures/mini"):
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("run", "__pycache__", "dashboard"))
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=left_out)
     for file in (*REPOSITORY.glob("data/*.csv"), REPOSITORY / ".gitignore", REPOSITORY / "pyproject.toml"):
         shutil.copy(file, folder / file.relative_to(REPOSITORY))
     git(folder, "init", "-q")
@@ -82,7 +83,7 @@ def checkout(tmp_path_factory) -> Path:
     {"l1": "4.3e-4", "layer": "-3", "expansion": "3.5"},
 ], ids=["lambda x 3", "lambda x 0.3, layer - 3, width x 2"])
 def test_every_notebook_follows_other_settings_and_reset_puts_all_back(checkout, settings):
-    """The profile itself is changed: committed tables stay as they are, results go to its run folder and its figures."""
+    """The profile itself is changed: committed tables stay as they are, results go to its run folder and figures."""
     file = checkout / "src/patchsae/profiles/mini.toml"
     before = file.read_text(encoding="utf-8")
     file.write_text(bounds_left_out(changed(before, SMALL | settings)), encoding="utf-8")
