@@ -117,6 +117,6 @@ def notebook_key(name: str, profile: str, root: Path) -> str:
     """Hash of all that decides what ``notebooks/<name>.ipynb`` computes under a profile."""
     code = [code_state(name, root), os.environ.get("PATCHSAE_FIGURES", "")]
     digest = hashlib.sha256(json.dumps(code).encode())
-    for path in (root / "requirements.lock", *sorted(root.glob("data/published_*.csv")), *profile_files(profile, root)):
+    for path in (root / "requirements.lock", *profile_files(profile, root)):
         digest.update(f"{os.path.relpath(path, root)} {state(path)}\n".encode())
     return digest.hexdigest()

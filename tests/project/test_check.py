@@ -20,6 +20,7 @@ from patchsae.config import ROOT
 from patchsae.data.datasets import open_dataset
 from patchsae.data.masked import open_masked
 from patchsae.project import check, fetch, rehearsal, stamps
+from patchsae.studies.sweep import published
 from patchsae.weights.formats import file_sha256
 from patchsae.world.scenes import CONCEPTS, KINDS, draw_scene
 
@@ -277,7 +278,7 @@ def test_rehearsal_reports_times_and_projects_them(monkeypatch):
 
 def test_published_tables_add_up():
     """Means that the card states, the harmonic means of MaPLe's table, and the improvement rates of Table 1."""
-    table, maple = (pd.read_csv(ROOT / "data" / f"published_{name}.csv") for name in ("table1", "maple"))
+    table, maple = (published(name) for name in ("table1", "maple"))
     means = table.groupby("half")[["accuracy_clip", "accuracy_maple"]].mean().round(2)
     assert means.loc["base"].tolist() == [63.20, 75.75] and means.loc["novel"].tolist() == [69.40, 69.53]
     own = maple.groupby("method")[["base", "novel"]].mean()

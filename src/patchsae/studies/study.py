@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
-from patchsae.config import ROOT, Profile, device, start
+from patchsae.config import Profile, device, resolve, start
 from patchsae.data.datasets import open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
@@ -91,12 +91,12 @@ class Study:
         """The log of the committed training of exactly these settings, every tenth step of it, or None."""
         return committed_log(self.profile, self.clip)
 
-    def check(self, name: str, value: float) -> None:
-        """Print a number that the profile's [expected] has a bound for, and fail where it is not above it; where there
-        is none, say that it was not checked."""
-        bound = self.profile.expected(name, None)
-        print(f"{name} = {value:.3f}: " + ("not checked, this profile states no bound" if bound is None else
-                                           f"at least {bound} is expected"))
+    def check(self, name: str, value: float, current: bool = True) -> None:
+        """Print a number that the profile's [bounds] has a bound for, and fail where it is below it; where there is
+        none, or the number is of other settings than the profile's, say that it was not checked."""
+        bound = self.profile.expected(name, None) if current else None
+        why = "this profile states no bound" if current else "it is of other settings than this profile's"
+        print(f"{name} = {value:.3f}: " + (f"not checked, {why}" if bound is None else f"at least {bound} is expected"))
         assert bound is None or value >= bound, f"{name} is {value:.3f}, less than the {bound} that is expected"
 
     def need(self, there: bool, sentence: str) -> None:
@@ -173,8 +173,7 @@ def trained_sae(profile: Profile, clip: Clip, ds: Images) -> SparseAutoencoder:
 
 def given_sae(profile: Profile, clip: Clip) -> SparseAutoencoder:
     """The autoencoder that the profile names instead of training one."""
-    path = ROOT / profile.sae.weights
-    sae = SparseAutoencoder.from_pretrained(path if path.exists() else profile.sae.weights, clip.device)
+    sae = SparseAutoencoder.from_pretrained(resolve(profile.sae.weights), clip.device)
     if sae.d_model != clip.width:
         raise ValueError(f"{profile.sae.weights} is for tokens of width {sae.d_model}, but {profile.model.name} has "
                          f"{clip.width}; choose an autoencoder of this model.")

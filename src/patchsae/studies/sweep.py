@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from patchsae.config import ROOT, Profile
+from patchsae.config import Profile
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.fidelity import measure
 from patchsae.studies.study import Study, committed_folder, run_folder, trained_sae
@@ -81,8 +81,8 @@ def committed_row(study: Study) -> pd.Series | None:
 
 
 def published(name: str) -> pd.DataFrame:
-    """A table as the paper prints it, from ``data/published_<name>.csv``."""
-    return pd.read_csv(ROOT / "data" / f"published_{name}.csv")
+    """A table as it is printed: "table1" and "table2" of the paper, "maple" of MaPLe's."""
+    return pd.read_csv(Path(__file__).with_name(f"published_{name}.csv"))
 
 
 def run(study: Study) -> None:
