@@ -79,7 +79,7 @@ def probe_table(clip: Clip, n_train: int = 2048, n_test: int = 1024) -> pd.DataF
 
 
 def patch_labels(scene: Scene, kinds=KINDS) -> np.ndarray:
-    """Of each kind the concept that covers most of a patch: int ``[patches, kinds]``; -1 where none covers a quarter."""
+    """Of each kind the concept that covers most of a patch, or -1 under a quarter of it: int ``[patches, kinds]``."""
     covers = [scene.coverage(kind).reshape(-1, len(CONCEPTS[kind])) for kind in kinds]
     return np.stack([np.where(cover.max(1) >= COVERED, cover.argmax(1), -1) for cover in covers], 1)
 
