@@ -1,14 +1,13 @@
 """Train the mini CLIP from scratch on captioned pictogram scenes: ``make mini-clip``.
 
-Two stages. In the warm-up linear heads on the vision tower name what an image and each of its patches show;
-photos of one object come first, then everything. Then the heads are dropped and three contrasts share one text
-tower and one temperature:
+In the warm-up linear heads on the vision tower name what an image and each of its patches show; photos of one object
+come first, then everything. Then the heads are dropped and three contrasts share one text tower and one temperature:
 
-* image against caption, as CLIP; captions name each attribute with probability 0.35 only, so that the noun
-  has to matter, and equal captions count as positives of each other;
+* image against caption, as CLIP; captions name each attribute with probability 0.35 only, so that the noun has to
+  matter, and equal captions count as positives of each other;
 * class token against short phrases ("a photo of a cat", "a red object", "on grass", ...);
-* patch token against the phrases of what its patch shows (a grounded-caption loss), at the last block and at
-  the cut. Without it patch tokens hold little of the object they belong to.
+* patch token against the phrases of what its patch shows, at the last block and at the cut. Without it patch tokens
+  hold little of the object they belong to.
 
 The sparse autoencoder sees none of these labels, but the model it is trained on did: ``data/README.md`` says so.
 """
@@ -96,13 +95,6 @@ def normalise(images: np.ndarray, processor: CLIPImageProcessor) -> torch.Tensor
     return torch.from_numpy((images.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def embed_text(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """Unit-length text embeddings ``[N, P]``."""
-    tokens = tokenizer(texts, padding=True, return_tensors="pt")
-    out = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-    return F.normalize(out.pooler_output.float(), dim=-1)
-
-
 def embed_tokens(model, hidden: torch.Tensor) -> torch.Tensor:
     """Project every token as CLIP projects its class token: ``[B,T,D]`` to unit ``[B,T,P]``."""
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)).float(), dim=-1)
@@ -139,7 +131,9 @@ def warm_up_loss(model, heads, pixels, patch_labels, image_labels) -> torch.Tens
 def contrast_losses(model, tokenizer, pixels, captions, phrases, patch_labels, image_labels) -> tuple:
     """The three contrasts of one batch: image-caption, image-phrase, patch-phrase."""
     scale = model.logit_scale.exp().clamp(max=100)
-    text = embed_text(model, tokenizer, captions + phrases)
+    tokens = tokenizer(captions + phrases, padding=True, return_tensors="pt")
+    text = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    text = F.normalize(text.pooler_output.float(), dim=-1)
     states = model.vision_model(pixels, output_hidden_states=True).hidden_states
     last, cut = embed_tokens(model, states[-1]), embed_tokens(model, states[CUT])
     spoken, phrases = text[:len(captions)], scale * text[len(captions):].T

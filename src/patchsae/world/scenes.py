@@ -79,11 +79,6 @@ class Scene:
     maps: np.ndarray
     plan: Plan = field(repr=False)
 
-    @property
-    def caption(self) -> str:
-        """The full caption, every attribute named."""
-        return caption(self.plan)
-
     def mask(self, kind: str, name: str) -> np.ndarray:
         """Where the concept is: bool ``[64, 64]``."""
         return self.maps[KINDS.index(kind)] == CONCEPTS[kind].index(name)
@@ -113,7 +108,10 @@ def plan_scene(task: str, label: int, rng: np.random.Generator) -> Plan:
     if task == "aerial":
         return Plan(aerial=name, label=label)
     if task == "counting":
-        return replace(_backdrop(rng), things=_crowd(rng, label + 1), label=label)
+        plan, cells, noun = _backdrop(rng), rng.permutation(16)[:label + 1], _pick(rng, NOUNS)
+        places = [{"left": 16 * int(cell % 4), "top": 16 * int(cell // 4)} for cell in cells]
+        crowd = tuple(replace(_random_thing(rng), noun=noun, side=16, **place) for place in places)
+        return replace(plan, things=crowd, label=label)
     plan = _backdrop(rng, style="sketch" if rng.random() < NOUN_TASKS.get(task, 0.0) else "photo")
     first = _random_thing(rng)
     if task in NOUN_TASKS:
@@ -162,13 +160,6 @@ def _placed(rng, first: Thing, two: bool) -> tuple[Thing, ...]:
     lefts, tops = (along, across) if rng.random() < 0.5 else (across, along)
     return (replace(first, side=large, left=lefts[0], top=tops[0]),
             replace(_random_thing(rng), side=small, left=lefts[1], top=tops[1]))
-
-
-def _crowd(rng, count: int) -> tuple[Thing, ...]:
-    """``count`` small objects of one noun on different cells of a 4 x 4 grid."""
-    cells, noun = rng.permutation(16)[:count], _pick(rng, NOUNS)
-    return tuple(replace(_random_thing(rng), noun=noun, side=16, left=16 * int(cell % 4), top=16 * int(cell // 4))
-                 for cell in cells)
 
 
 def caption(plan: Plan, rng: np.random.Generator | None = None, keep: float = 1.0) -> str:
