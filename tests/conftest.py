@@ -1,5 +1,6 @@
 """Small things to test with: a random CLIP of four blocks, a word-level tokenizer, tiny data sets."""
 
+import contextlib
 import os
 import sys
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -122,3 +124,32 @@ def one_sentence(error: BaseException) -> bool:
     """What every error a user can cause must be: a sentence on one line."""
     text = str(error)
     return "\n" not in text and text.endswith(".") and len(text.split()) > 5
+
+
+@contextlib.contextmanager
+def refused(words: str | None = None, kind=(ValueError, OSError)):
+    """What is done inside must end in an error of one sentence, in which these words are found."""
+    with pytest.raises(kind, match=words) as error:
+        yield error
+    assert one_sentence(error.value), error.value
+
+
+def picture(seed: int = 0, shape=(6, 5, 3)) -> np.ndarray:
+    """A photograph of nothing: uint8 of a shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_picture(path, image: np.ndarray) -> None:
+    """Write an image file, and the folders that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def damaged(content: bytes, numbers: np.random.Generator, cut: bool = False, flips: int = 1) -> bytes:
+    """A file cut short somewhere, or with a few bits flipped."""
+    if cut:
+        return content[:int(numbers.integers(len(content)))]
+    bad = bytearray(content)
+    for place in numbers.integers(0, len(content), flips):
+        bad[place] ^= 1 << int(numbers.integers(8))
+    return bytes(bad)

@@ -2,11 +2,12 @@
 
 import json
 import random
+import re
 from collections import defaultdict
 
 import numpy as np
 import pytest
-from conftest import one_sentence
+from conftest import refused, save_picture
 from PIL import Image
 
 from patchsae.data import benchmarks
@@ -18,15 +19,12 @@ ELEVEN = {"ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "OxfordFlowers
 
 
 def test_table_has_the_papers_data_sets():
+    """Base and novel test images of CoOp, CoCoOp and MaPLe add up to what it says."""
     assert {row["title"] for row in TABLE.values()} >= ELEVEN and set(CLASS_NAMES) == ELEVEN
     assert {"imagenet-v2", "imagenet-sketch", "imagenet-a", "imagenet-r", "cifar100"} < set(TABLE)
     for task, row in TABLE.items():
         assert row["classes"] == len(CLASS_NAMES.get(row["title"], [0] * row["classes"])), task
         assert {"train", "test"} <= set(row["counts"]) and where_from(task) and row["gigabytes"] > 0
-
-
-def test_published_test_sets_have_the_counts_of_the_table():
-    """Base and novel test images of CoOp, CoCoOp and MaPLe add up to these."""
     published = {"caltech101": 1549 + 916, "oxford-pets": 1881 + 1788, "stanford-cars": 4002 + 4039,
                  "flowers102": 1053 + 1410, "food101": 15300 + 15000, "fgvc-aircraft": 1666 + 1667,
                  "sun397": 9950 + 9900, "dtd": 864 + 828, "eurosat": 4200 + 3900, "ucf101": 1934 + 1849,
@@ -45,9 +43,7 @@ def small(monkeypatch):
 def write_images(folder, names) -> None:
     """Little images, each another colour."""
     for i, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4 + i % 3, 5), (i % 256, 3 * i % 256, 7)).save(path)
+        save_picture(folder / name, np.full((5, 4 + i % 3, 3), (i % 256, 3 * i % 256, 7), np.uint8))
 
 
 @pytest.fixture
@@ -117,22 +113,19 @@ def test_damaged_lists_are_one_sentence(eurosat, small, change, words):
                "absolute": ["/etc/secret.png", 1, "Forest"], "numbers": 3, "no split": 0}[change]
         split = {} if change == "no split" else split | {"test": [*split["test"][1:], row]}
         path.write_text(json.dumps(split))
-    with pytest.raises(ValueError, match=words) as error:
+    with refused(words):
         open_benchmark(eurosat, "eurosat", "test")
-    assert one_sentence(error.value)
 
 
 def test_what_is_missing_is_named(tmp_path):
     for task, row in TABLE.items():
         assert missing(tmp_path, task)
         if "hub" not in row:
-            with pytest.raises(FileNotFoundError) as error:
+            with refused(re.escape(where_from(task)), FileNotFoundError):
                 open_benchmark(tmp_path, task, "test")
-            assert one_sentence(error.value) and where_from(task) in str(error.value)
-    for call in (lambda: open_benchmark(tmp_path, "mnist", "test"), lambda: open_benchmark(tmp_path, "dtd", "all")):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert one_sentence(error.value)
+    for task, split in (("mnist", "test"), ("dtd", "all")):
+        with refused():
+            open_benchmark(tmp_path, task, split)
 
 
 def test_aircraft_lists(tmp_path, small):
@@ -161,9 +154,8 @@ def test_folders_of_wordnet_ids(tmp_path, small, monkeypatch, task):
     assert ds.class_names == ("tench", "great white shark", "hen")
     assert [(path.parent.name, label) for path, label in ds.files] == [*zip(ids, range(3))] * 2
     (folder / "classnames.txt").write_text("\n".join(reversed(lines[:2])))
-    with pytest.raises(ValueError) as error:
+    with refused():
         open_benchmark(tmp_path, task, "test")
-    assert one_sentence(error.value)
 
 
 def test_numbered_folders(tmp_path, small, monkeypatch):
@@ -206,7 +198,6 @@ def test_hub_table(tmp_path, small, monkeypatch):
                 fingerprint(["id", None, "test", "4f2a"], labels=1 - ds.labels)}) == 5
     monkeypatch.setitem(TABLE, "cifar100", row | {"counts": {"train": 20, "test": 19}})
     for split, error in (("test", ValueError), ("train", FileNotFoundError)):
-        with pytest.raises(error) as caught:
+        with refused(kind=error):
             open_benchmark(tmp_path, "cifar100", split)
-        assert one_sentence(caught.value)
     assert benchmarks.missing(tmp_path, "cifar100")

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, SIDE, one_sentence, random_sae
+from conftest import LAYER, SIDE, damaged, one_sentence, random_sae, refused
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -17,8 +17,8 @@ from patchsae.activations import MOST_UNREADABLE, TrainingTokens, load_pixels, p
 from patchsae.data.images import LONGEST, Crop, FileDataset, Unreadable, in_turn, read_image
 
 
-def picture(height, width, seed=0) -> np.ndarray:
-    """A smooth image with noise on it, as photographs are."""
+def photograph(height, width, seed=0) -> np.ndarray:
+    """A smooth image with noise on it."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (max(2, height // 16 + 1), max(2, width // 16 + 1), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -29,7 +29,7 @@ def picture(height, width, seed=0) -> np.ndarray:
 
 SHAPES = [(224, 224), (375, 500), (500, 375), (224, 300), (1, 1), (7, 30), (640, 427), (1000, 225),
           (230, 1800), (50, 50)]
-LONG = [(20_000, 3), (1, 20_000), (30, 20_000), (64, 640)]
+LONG = [(60, 540), (700, 80), (33, 600), (64, 640), (20_000, 3), (1, 20_000), (30, 20_000)]
 
 
 def processed(image: np.ndarray) -> np.ndarray:
@@ -38,29 +38,21 @@ def processed(image: np.ndarray) -> np.ndarray:
     return processor(images=[Image.fromarray(image)], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG)
 def test_crops_equal_clips_processor(shape):
-    image = picture(*shape)
+    """Those of images much longer than wide almost; the longest take little memory."""
+    image = photograph(*shape)
     found = Crop(224)(image)
     assert found.dtype == np.uint8 and found.shape == (224, 224, 3)
-    assert np.array_equal(found, processed(image))
-
-
-@pytest.mark.parametrize("shape", [(60, 540), (700, 80), (33, 600)])
-def test_crops_of_long_images_equal_it_almost(shape):
-    assert max(shape) > LONGEST * min(shape)
-    image = picture(*shape)
-    apart = np.abs(Crop(224)(image).astype(int) - processed(image))
-    assert (apart <= 1).mean() >= 0.999 and apart.max() <= 2
-
-
-@pytest.mark.parametrize("shape", LONG)
-def test_very_long_images_take_little_memory(shape):
-    assert Crop(224)(picture(*shape)).shape == (224, 224, 3)
+    if max(shape) <= LONGEST * min(shape):
+        assert np.array_equal(found, processed(image))
+    elif max(shape) < 1000:
+        apart = np.abs(found.astype(int) - processed(image))
+        assert (apart <= 1).mean() >= 0.999 and apart.max() <= 2
 
 
 def test_pixels_equal_clips_processor_and_logits_equal_transformers(clip):
-    images = [picture(40, 60, seed) for seed in range(4)]
+    images = [photograph(40, 60, seed) for seed in range(4)]
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     theirs = CLIPImageProcessorPil(**size)(images=[Image.fromarray(i) for i in images], return_tensors="pt")
     assert torch.equal(clip.pixels(images), theirs["pixel_values"])
@@ -77,19 +69,15 @@ def test_pixels_equal_clips_processor_and_logits_equal_transformers(clip):
 # Kinds of files
 
 def test_every_kind_of_file_is_read(tmp_path):
-    image = Image.fromarray(picture(30, 40))
+    image = Image.fromarray(photograph(30, 40))
     deep = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
-    frames = [Image.fromarray(picture(30, 40, k)) for k in range(3)]
-    image.save(tmp_path / "a.jpg")
-    image.convert("CMYK").save(tmp_path / "b.jpg")
-    image.convert("P").save(tmp_path / "c.png")
-    image.convert("1").save(tmp_path / "d.png")
-    image.convert("RGBA").save(tmp_path / "e.webp")
-    Image.fromarray(deep).save(tmp_path / "f.png")
-    Image.fromarray(deep).save(tmp_path / "g.tif")
-    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "h.tif")
-    frames[0].save(tmp_path / "i.gif", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "j.webp", save_all=True, append_images=frames[1:])
+    frames = [Image.fromarray(photograph(30, 40, k)) for k in range(3)]
+    for mode, name in (("RGB", "a.jpg"), ("CMYK", "b.jpg"), ("P", "c.png"), ("1", "d.png"), ("RGBA", "e.webp")):
+        image.convert(mode).save(tmp_path / name)
+    for array, name in ((deep, "f.png"), (deep, "g.tif"), (deep.astype(np.float32), "h.tif")):
+        Image.fromarray(array).save(tmp_path / name)
+    for name in ("i.gif", "j.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     for path in sorted(tmp_path.iterdir()):
         found = read_image(path, path)
         assert found.shape == (30, 40, 3) and found.dtype == np.uint8, path.name
@@ -101,22 +89,15 @@ def test_every_kind_of_file_is_read(tmp_path):
 def test_five_hundred_damaged_images_are_one_sentence_or_an_image(tmp_path):
     numbers, forms = np.random.default_rng(0), ["jpg", "png", "webp", "gif", "tif", "bmp"]
     for form in forms:
-        Image.fromarray(picture(40, 50)).save(tmp_path / f"a.{form}")
+        Image.fromarray(photograph(40, 50)).save(tmp_path / f"a.{form}")
     readable = 0
     for trial in range(500):
-        good = (tmp_path / f"a.{forms[trial % len(forms)]}").read_bytes()
-        bad = bytearray(good)
-        if trial % 5 == 0:
-            del bad[int(numbers.integers(len(good))):]
-        elif trial % 5 == 1:
-            bad = bytearray(numbers.bytes(len(good)))
-        else:
-            for place in numbers.integers(0, len(good), 3):
-                bad[place] ^= 1 << int(numbers.integers(8))
+        bad = damaged((tmp_path / f"a.{forms[trial % len(forms)]}").read_bytes(), numbers, cut=trial % 5 == 0, flips=3)
+        bad = numbers.bytes(len(bad)) if trial % 5 == 1 else bad
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = read_image(bytes(bad), f"damaged {trial}")
+                found = read_image(bad, f"damaged {trial}")
             assert found.dtype == np.uint8 and found.ndim == 3 and Crop(16)(found).shape == (16, 16, 3)
             readable += 1
         except Unreadable as error:
@@ -135,7 +116,7 @@ def folder(tmp_path, n, bad=()) -> FileDataset:
         if i in bad:
             path.write_bytes(b"not an image") if i % 2 else None
         else:
-            Image.fromarray(picture(SIDE, SIDE + i % 3, i)).save(path)
+            Image.fromarray(photograph(SIDE, SIDE + i % 3, i)).save(path)
         files.append((path, i % 2))
     return FileDataset(tmp_path, files, ("even", "odd"), SIDE)
 
@@ -162,9 +143,8 @@ def test_too_many_unreadable_images_are_one_sentence(tmp_path, clip):
     """One is tolerated, whatever the size of the data set; more only up to one in a thousand."""
     ds = folder(tmp_path, 40, bad=(5, 9))
     assert 2 / 40 > MOST_UNREADABLE
-    with pytest.raises(ValueError, match="2 of 40 images") as error:
+    with refused("2 of 40 images.*0005.png"):
         list(pixel_batches(clip, ds, 4))
-    assert one_sentence(error.value) and "0005.png" in str(error.value)
     with pytest.raises(Unreadable):
         load_pixels(clip, ds, [4, 5])
     subset = torch.utils.data.Subset(ds, range(8))

@@ -5,24 +5,20 @@ import json
 
 import numpy as np
 import pytest
-from conftest import one_sentence
-from PIL import Image
+from conftest import picture, refused
+from conftest import save_picture as save
 
 from patchsae.config import load_profile
-from patchsae.data.masked import READERS, open_masked
+from patchsae.data.masked import READERS, MaskedDataset, open_masked
 from patchsae.masks import patch_concepts, patch_coverage
 from patchsae.studies.recovery import concept_list
 
 SIZE, GRID = 16, 4
 
 
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def picture(seed, shape=(16, 24)):
-    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+def opened(name, folder, split="train", size=SIZE):
+    """What a reader finds, as a source of images."""
+    return MaskedDataset(folder, READERS[name](folder, split), size, GRID)
 
 
 def write_ade(folder):
@@ -30,7 +26,7 @@ def write_ade(folder):
     mask = np.zeros((16, 24), np.uint8)
     mask[:, :12], mask[:8, 12:] = 1, 3
     for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
-        save(folder / "images" / part / f"{name}.jpg", picture(0))
+        save(folder / "images" / part / f"{name}.jpg", picture(0, (16, 24, 3)))
         save(folder / "annotations" / part / f"{name}.png", mask)
     names = ["wall", "building, edifice", "tree"]
     lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"] + [f"{i + 1}\t0.1\t1\t1\t1\t{n}" for i, n in enumerate(names)]
@@ -43,7 +39,7 @@ def write_parts(folder):
     categories = [{"id": 7, "name": "Bird Head", "supercategory": "Bird"},
                   {"id": 3, "name": "Bird Body", "supercategory": "Bird"}]
     for part in ("train", "val"):
-        save(folder / "images" / part / "n01_5.JPEG", picture(1, (16, 16)))
+        save(folder / "images" / part / "n01_5.JPEG", picture(1, (16, 16, 3)))
         body = {"id": 1, "image_id": 4, "category_id": 3, "area": 256, "segmentation": [[0, 0, 15, 0, 15, 15, 0, 15]]}
         head = {"id": 2, "image_id": 4, "category_id": 7, "area": 64, "segmentation": [[8, 0, 15, 0, 15, 7, 8, 7]]}
         content = {"images": [{"id": 4, "file_name": "n01_5.JPEG"}], "categories": categories,
@@ -58,7 +54,7 @@ def write_pets(folder):
     trimap[:8], trimap[8] = 1, 3
     names = {"Abyssinian_3": (1, 1), "great_pyrenees_12": (2, 2)}
     for name in names:
-        save(folder / "images" / f"{name}.jpg", picture(2, (16, 16)))
+        save(folder / "images" / f"{name}.jpg", picture(2, (16, 16, 3)))
         save(folder / "annotations" / "trimaps" / f"{name}.png", trimap)
     text = "\n".join(f"{name} {number} {kind} 1" for name, (number, kind) in names.items())
     for listing in ("trainval", "test"):
@@ -71,7 +67,7 @@ WRITERS = {"ade20k": write_ade, "partimagenet": write_parts, "oxford-pets": writ
 @pytest.fixture(params=WRITERS)
 def ds(request, tmp_path):
     WRITERS[request.param](tmp_path)
-    return READERS[request.param](tmp_path, "train", SIZE, GRID)
+    return opened(request.param, tmp_path)
 
 
 def test_masks_are_read_as_scenes(ds):
@@ -92,25 +88,22 @@ def test_masks_are_read_as_scenes(ds):
 
 @pytest.mark.parametrize("name", READERS)
 def test_images_with_masks_are_known_by_what_the_files_of_both_hold(tmp_path, name):
-    def fingerprint(folder, size=SIZE):
-        return READERS[name](folder, "train", size, GRID).fingerprint()
-
-    WRITERS[name](tmp_path / "one")
-    WRITERS[name](tmp_path / "two")
-    before = fingerprint(tmp_path / "one")
-    assert fingerprint(tmp_path / "two") == before != fingerprint(tmp_path / "one", 8)
-    entry = READERS[name](tmp_path / "two", "train", SIZE, GRID).entries[0]
-    for path in (entry.path, entry.mask):
+    for folder in ("one", "two"):
+        WRITERS[name](tmp_path / folder)
+    ds = opened(name, tmp_path / "two")
+    before = ds.fingerprint()
+    assert opened(name, tmp_path / "one").fingerprint() == before
+    assert opened(name, tmp_path / "one", size=8).fingerprint() != before
+    for path in (ds.entries[0].path, ds.entries[0].mask):
         whole = path.read_bytes()
-        path.write_bytes(whole + b" ")
-        assert fingerprint(tmp_path / "two") != before
-        path.write_bytes(whole)
-        assert fingerprint(tmp_path / "two") == before
+        for content in (whole + b" ", whole):
+            path.write_bytes(content)
+            assert (opened(name, tmp_path / "two").fingerprint() == before) == (content == whole)
 
 
 def test_ade20k(tmp_path):
     write_ade(tmp_path)
-    train, test = (READERS["ade20k"](tmp_path, split, SIZE, GRID) for split in ("train", "test"))
+    train, test = (opened("ade20k", tmp_path, split) for split in ("train", "test"))
     assert train.concepts["noun"] == ("wall", "building", "tree") and train.class_names == ("forest", "kitchen")
     assert (train[0].label, test[0].label) == (1, 0)
     scene = train.scene(0)  # the middle 16 of 24 columns
@@ -121,48 +114,40 @@ def test_ade20k(tmp_path):
 
 def test_partimagenet(tmp_path):
     write_parts(tmp_path)
-    ds = READERS["partimagenet"](tmp_path, "test", SIZE, GRID)
+    ds = opened("partimagenet", tmp_path, "test")
     assert ds.concepts["noun"] == ("Bird Body", "Bird Head") and ds.groups["Bird Head"] == "Bird"
     assert ds.class_names == ("n01",)
     scene = ds.scene(0)
     assert scene.mask("noun", "Bird Head")[:8, 8:].all() and scene.mask("noun", "Bird Head").sum() == 64
     assert scene.mask("noun", "Bird Body").sum() == 192
-
-
-def test_partimagenet_refuses_other_masks(tmp_path):
-    write_parts(tmp_path)
     path = tmp_path / "annotations" / "train.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["segmentation"] = {"counts": "abc", "size": [16, 16]}
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no polygon") as error:
-        READERS["partimagenet"](tmp_path, "train", SIZE, GRID)
-    assert one_sentence(error.value)
+    with refused("no polygon"):
+        opened("partimagenet", tmp_path)
 
 
 def test_oxford_pets(tmp_path):
     write_pets(tmp_path)
-    ds = READERS["oxford-pets"](tmp_path, "test", SIZE, GRID)
+    ds = opened("oxford-pets", tmp_path, "test")
     assert ds.class_names == ("abyssinian", "great pyrenees") == ds.concepts["noun"]
     assert ds.groups == {"abyssinian": "cat", "great pyrenees": "dog"}
     for i, name in enumerate(ds.class_names):
         mask = ds.scene(i).mask("noun", name)
         assert ds[i].label == i and mask[:8].all() and not mask[8:].any()
-
-
-def test_masks_of_another_size_are_refused(tmp_path):
-    write_pets(tmp_path)
     save(tmp_path / "annotations" / "trimaps" / "Abyssinian_3.png", np.ones((5, 16), np.uint8))
-    with pytest.raises(ValueError, match="pixels") as error:
-        READERS["oxford-pets"](tmp_path, "train", SIZE, GRID).scene(0)
-    assert one_sentence(error.value)
+    with refused("pixels"):
+        ds.scene(0)
+    (tmp_path / "annotations" / "trimaps" / "Abyssinian_3.png").write_bytes(b"no png")
+    with refused("Cannot read the mask"):
+        ds.scene(0)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_folder_without_the_data_set_is_refused(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
-        READERS[name](tmp_path, "train", SIZE, GRID)
-    assert one_sentence(error.value)
+    with refused(kind=FileNotFoundError):
+        opened(name, tmp_path)
 
 
 def test_the_profile_decides_which_masks(tmp_path, monkeypatch, clip):
@@ -170,8 +155,7 @@ def test_the_profile_decides_which_masks(tmp_path, monkeypatch, clip):
     assert hasattr(open_masked(mini, clip, "test").scene(0), "maps")
     paper = dataclasses.replace(mini, name="paper", data=dataclasses.replace(mini.data, source="folders"))
     monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match="ade20k") as error:
+    with refused("ade20k", FileNotFoundError):
         open_masked(paper, clip, "test")
-    assert one_sentence(error.value)
     write_pets(tmp_path / "data" / "paper" / "segmentation" / "oxford-pets")
     assert open_masked(paper, clip, "test").class_names == ("abyssinian", "great pyrenees")

@@ -1,5 +1,6 @@
 """The sparse step against the dense loss and autograd; the GPU's kernels, in Triton's interpreter, against the CPU."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,24 +11,24 @@ import torch
 from conftest import random_sae
 from test_sae import NAMES
 
-from patchsae import sae_loss
+from patchsae import SparseAutoencoder, sae_loss
 from patchsae.fast.sparse import _positive, _positive_within, _Sums, find_active, sparse_step, weighted_sums
 
 
-def case(dtype, seed, share_dead, bias=-1.5, n=61, width=6, latents=40):
+def case(dtype, seed, share_dead, bias=-1.5, n=61, width=6, latents=40, **variant):
     """An autoencoder, tokens ``[n, width]``, and which latents are dead."""
     numbers = torch.Generator().manual_seed(seed)
-    sae = random_sae(width, latents, seed, dtype=dtype)
-    with torch.no_grad():
-        sae.b_enc += bias
+    sae = SparseAutoencoder(width, latents, **variant).to(dtype)
+    sae.load_state_dict(random_sae(width, latents, seed, bias, dtype).state_dict())
     z = torch.randn(n, width, generator=numbers, dtype=dtype) * 1.5
     return sae, z, torch.rand(latents, generator=numbers) < share_dead
 
 
 @pytest.mark.parametrize("share_dead, bias", [(0.0, -1.5), (0.3, -1.5), (1.0, -1.5), (0.3, -100.0), (0.3, 100.0)])
 @pytest.mark.parametrize("superset", [False, True])
-def test_the_sparse_step_is_the_dense_one_and_its_backward_pass(share_dead, bias, superset):
-    sae, z, dead = case(torch.float64, 3, share_dead, bias)
+@pytest.mark.parametrize("variant", [{}, {"activation": "topk", "k": 4}], ids=["relu", "topk"])
+def test_the_sparse_step_is_the_dense_one_and_its_backward_pass(share_dead, bias, superset, variant):
+    sae, z, dead = case(torch.float64, 3, share_dead, bias, **variant)
     if bias > 0:
         dead[:] = False  # exp of such pre-activations has no meaning
     losses = sae_loss(sae, z, 0.02, dead)
@@ -85,16 +86,13 @@ def test_half_precision_differs_by_its_rounding():
         assert (getattr(sae, name).grad - gradients[name]).norm() < 0.02 * gradients[name].norm()
 
 
-# The kernels ------------------------------------------------------------------------------------------
-
+# The kernels
 
 @pytest.fixture
 def kernels():
     """The Triton kernels, interpreted (see conftest.py); Triton comes with the CUDA builds of torch, or by itself."""
     pytest.importorskip("triton", reason="the GPU kernels are checked where Triton is installed: pip install triton")
-    import patchsae.kernels
-
-    return patchsae.fast.kernels
+    return importlib.import_module("patchsae.fast.kernels")
 
 
 def entries(seed, groups=9, rows=30, padding=5):
@@ -104,9 +102,8 @@ def entries(seed, groups=9, rows=30, padding=5):
     counts[2] = 0
     offsets = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
     m = int(counts.sum()) + padding
-    return torch.randn(m, generator=torch.Generator().manual_seed(seed)), torch.from_numpy(
-        numbers.integers(0, rows, m)
-    ), offsets
+    values = torch.randn(m, generator=torch.Generator().manual_seed(seed))
+    return values, torch.from_numpy(numbers.integers(0, rows, m)), offsets
 
 
 @pytest.mark.parametrize("width", [5, 256, 300])
@@ -114,9 +111,7 @@ def test_kernel_sums_and_dots(kernels, width):
     values, index, offsets = entries(width)
     table = torch.randn(30, width, generator=torch.Generator().manual_seed(1))
     above = torch.randn(9, width, generator=torch.Generator().manual_seed(2))
-    expected = torch.stack(
-        [(values[a:b, None] * table[index[a:b]]).sum(0) for a, b in zip(offsets[:-1], offsets[1:])]
-    )
+    expected = torch.stack([(values[a:b, None] * table[index[a:b]]).sum(0) for a, b in zip(offsets, offsets[1:])])
     torch.testing.assert_close(kernels.sums(values, index, offsets, table), expected)
     leaf = values.clone().requires_grad_()
     _Sums.apply(leaf, index, offsets, table).backward(above)
@@ -165,7 +160,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchsae import kernels
+from patchsae.fast import kernels
 
 entries = {"index": "*i32", "offsets": "*i64"}
 for half in ("*bf16", "*fp32"):

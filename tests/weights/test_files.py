@@ -7,7 +7,7 @@ import stat
 
 import pytest
 import torch
-from conftest import one_sentence
+from conftest import refused
 from safetensors import SafetensorError
 
 from patchsae.weights.files import load_json, load_tensors, model_files, save_json, save_tensors, write_atomically
@@ -38,9 +38,8 @@ def test_advice_depends_on_what_went_wrong_and_nothing_is_left_behind(tmp_path, 
             temporary.write_text("half of it")
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(OSError, match=words) as error:
+    with refused(f"{os.strerror(number)}.*{words}", OSError) as error:
         write_atomically(tmp_path / "a", fail)
-    assert one_sentence(error.value) and os.strerror(number) in str(error.value)
     assert ("free space" in str(error.value)) == (words == "free space")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
@@ -51,9 +50,9 @@ def test_a_full_disk_is_told_by_its_number_for_tensors_too(tmp_path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("patchsae.weights.files.save_file", full)
-    with pytest.raises(OSError, match="free space") as error:
+    with refused("free space", OSError):
         save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)})
-    assert one_sentence(error.value) and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def index(folder, files, name="model.safetensors"):
@@ -82,14 +81,12 @@ def test_an_index_may_not_lead_elsewhere(tmp_path, files):
     for path in (tmp_path / "outside", folder / "sub" / "inside"):
         path.touch()
     index(folder, files)
-    with pytest.raises(ValueError) as error:
+    with refused():
         model_files(folder)
-    assert one_sentence(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "{}", "[" * 10**5, "\x00", '{"a": '])
 def test_damaged_settings_are_one_sentence(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError) as error:
+    with refused():
         load_json(tmp_path / "a.json", "a")
-    assert one_sentence(error.value)

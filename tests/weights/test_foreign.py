@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence
+from conftest import damaged, one_sentence, refused
 
 from patchsae.weights.foreign import KNOWN, Record, read_foreign
 
@@ -103,55 +103,6 @@ def test_everything_torch_writes_is_read(tmp_path, foreign_config, zipped, proto
     assert config["device"].arguments == ("cuda",) and config["others"] == {"seed": 3}
 
 
-class WarmUp:
-    """A scheduler of a package that the reader does not have, with live objects in it."""
-
-
-@pytest.mark.parametrize("depth, keys", [(9, 330), (3, 312)])
-def test_official_maple_checkpoint(tmp_path, monkeypatch, depth, keys):
-    """``model.pth.tar-N``: the whole model in half and single precision, an optimiser, and a live scheduler."""
-    half, single = ({"dtype": torch.float16}, {"dtype": torch.float32})
-    w = {"logit_scale": torch.tensor(4.6)}
-    w |= {f"prompt_learner.{name}": torch.randn(*shape, **half) for name, shape in {
-        "ctx": (2, 8), "token_prefix": (3, 1, 8), "token_suffix": (3, 74, 8), "proj.weight": (12, 8), "proj.bias": (12,)
-    }.items()}
-    for k in range(depth - 1):
-        before = "prompt_learner.compound_prompt"
-        w |= {f"{before}s_text.{k}": torch.randn(2, 8), f"{before}_projections.{k}.weight": torch.randn(12, 8),
-              f"{before}_projections.{k}.bias": torch.randn(12)}
-    for side, width in (("image_encoder", 12), ("text_encoder", 8)):
-        w[f"{side}.positional_embedding"] = torch.randn(5, width, **single)
-        for i in range(12):
-            block = f"{side}.transformer.resblocks.{i}."
-            w |= {block + name: torch.randn(*shape, **half) for name, shape in {
-                "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-                "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-                "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-                "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}.items()}
-            w |= {f"{block}ln_{k}.{part}": torch.randn(width) for k in (1, 2) for part in ("weight", "bias")}
-    w |= {f"image_encoder.{name}": torch.randn(12) for name in (
-        "class_embedding", "ln_pre.weight", "ln_pre.bias", "ln_post.weight", "ln_post.bias")}
-    w |= {"image_encoder.conv1.weight": torch.randn(12, 3, 4, 4, **half),
-          "image_encoder.proj": torch.randn(12, 8, **half),
-          "text_encoder.text_projection": torch.randn(8, 8, **half), "text_encoder.ln_final.weight": torch.randn(8),
-          "text_encoder.ln_final.bias": torch.randn(8)}
-    assert len(w) == keys
-    module = types.ModuleType("dassl_optim_lr_scheduler")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(WarmUp, "__module__", module.__name__)
-    module.WarmUp = WarmUp
-    optimizer, scheduler = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.0035, momentum=0.9), WarmUp()
-    scheduler.successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
-    content = {"state_dict": w, "epoch": 5, "optimizer": optimizer.state_dict(), "val_result": None,
-               "scheduler": {"successor": scheduler.successor, "own": scheduler, "last_epoch": 5}}
-    torch.save(content, tmp_path / "model.pth.tar-5")
-    monkeypatch.delitem(sys.modules, module.__name__)
-    found = read_foreign(tmp_path / "model.pth.tar-5")
-    assert found["epoch"] == 5 and found["val_result"] is None and len(found["state_dict"]) == keys
-    assert all(same(found["state_dict"][name], tensor) for name, tensor in w.items())
-    assert isinstance(found["scheduler"]["own"], Record) and found["scheduler"]["successor"]["T_max"] == 5
-
-
 def test_scripted_module_is_read_as_its_attributes(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).half()
     torch.jit.script(module).save(tmp_path / "a.pt")
@@ -189,19 +140,9 @@ def test_calls_are_refused_and_none_runs(tmp_path, name, zipped, beside):
     content = hostile(tmp_path / "trace")[name]
     content = {"state_dict": weights(), "cfg": content} if beside else content
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_foreign(tmp_path / "a.pt")
-    assert one_sentence(error.value) and not (tmp_path / "trace").exists()
-
-
-def test_hostile_class_of_the_right_name_stays_inert(tmp_path, monkeypatch):
-    """The class can be imported here, and its ``__setstate__`` would run; it is not imported."""
-    config = Config()
-    config.lr = 1
-    torch.save({"cfg": config}, tmp_path / "a.pt")
-    RAN.clear()
-    assert read_foreign(tmp_path / "a.pt")["cfg"] == {"lr": 1}
-    assert not RAN
+    assert not (tmp_path / "trace").exists()
 
 
 def zip_with(path, pickled: bytes, members=None, name="archive/data.pkl", compress=zipfile.ZIP_STORED) -> Path:
@@ -213,21 +154,14 @@ def zip_with(path, pickled: bytes, members=None, name="archive/data.pkl", compre
     return path
 
 
-#: Pickle code for ``{"w": <tensor>}``: its numbers of values, offset, shape and stride follow.
 def tensor_code(numel, offset, size, stride, key="0", dtype="FloatStorage"):
-    """A pickle of a dict with one tensor."""
+    """A pickle of ``{"w": <tensor>}``."""
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, 2)
     storage = type("Storage", (), {})()
     pickler.persistent_id = lambda x: ("storage", getattr(torch, dtype), key, "cpu", numel) if x is storage else None
     pickler.dump({"w": Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})})
     return buffer.getvalue()
-
-
-def test_hand_written_tensor_is_read(tmp_path):
-    values = np.arange(6, dtype=np.float32)
-    path = zip_with(tmp_path / "a.pt", tensor_code(6, 0, (2, 3), (3, 1)), {"archive/data/0": values.tobytes()})
-    assert same(read_foreign(path)["w"], torch.arange(6.0).view(2, 3))
 
 
 DAMAGE = {
@@ -267,28 +201,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_zip_is_one_sentence(tmp_path, name):
-    path = zip_with(tmp_path / "a.pt", DAMAGE[name], {"archive/data/0": bytes(24)})
-    with pytest.raises(ValueError) as error:
-        read_foreign(path)
-    assert one_sentence(error.value) and len(str(error.value)) < 400
+def test_damaged_zip_is_one_sentence_and_changes_nothing_for_the_next_file(tmp_path, name):
+    before, values = dict(KNOWN), {"archive/data/0": np.arange(6, dtype=np.float32).tobytes()}
+    with refused() as error:
+        read_foreign(zip_with(tmp_path / "a.pt", DAMAGE[name], values))
+    assert len(str(error.value)) < 400 and KNOWN == before
+    path = zip_with(tmp_path / "a.pt", tensor_code(6, 0, (2, 3), (3, 1)), values)
+    assert same(read_foreign(path)["w"], torch.arange(6.0).view(2, 3)) and inspect.signature(KNOWN[
+        "torch._utils._rebuild_tensor_v2"]).parameters["stride"].default is inspect.Parameter.empty
 
 
-def test_what_stands_for_names_is_as_before_after_all_of_this(tmp_path):
-    """A file may not change what the next one means."""
-    before = dict(KNOWN), set(sys.modules)
-    for code in DAMAGE.values():
-        path = zip_with(tmp_path / "a.pt", code, {"archive/data/0": bytes(24)})
-        with pytest.raises(ValueError):
-            read_foreign(path)
+def test_no_module_is_imported(tmp_path):
+    read_foreign(zip_with(tmp_path / "a.pt", b"\x80\x02}."))  # the codec of zip files is loaded by the first of them
+    before = set(sys.modules)
     for module in ("antigravity", "idlelib.idle", "turtledemo.clock", "torch._inductor", "patchsae.nothing"):
-        zip_with(path, b"\x80\x02}K\x01c%s\nThing\ns." % module.encode())
+        path = zip_with(tmp_path / "a.pt", b"\x80\x02}K\x01c%s\nThing\ns." % module.encode())
         with contextlib.suppress(ValueError):
             read_foreign(path)
-    assert (dict(KNOWN), set(sys.modules)) == before
-    zip_with(path, tensor_code(6, 0, (2, 3), (3, 1)), {"archive/data/0": bytes(24)})
-    assert same(read_foreign(path)["w"], torch.zeros(2, 3)) and inspect.signature(KNOWN[
-        "torch._utils._rebuild_tensor_v2"]).parameters["stride"].default is inspect.Parameter.empty
+    assert set(sys.modules) == before
 
 
 class Settings(dict):
@@ -308,9 +238,8 @@ def test_dictionaries_of_other_classes_and_records_in_themselves_are_read(tmp_pa
 
 def test_things_inside_each_other_without_end(tmp_path):
     deep = b"]" * 10**5 + b"a" * (10**5 - 1)
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_foreign(zip_with(tmp_path / "a.pt", b"\x80\x02" + deep + b"."))
-    assert one_sentence(error.value)
     record = b"ca\nB\n)\x81}X\x01\x00\x00\x00a"
     deep = b"\x80\x02" + record * 10**4 + b"K\x01" + b"sb" * 10**4 + b"."
     assert isinstance(read_foreign(zip_with(tmp_path / "a.pt", deep))["a"]["a"], Record)
@@ -327,28 +256,23 @@ def test_tensors_take_no_more_memory_than_the_file(tmp_path):
     assert all(same(found[name], tensor) for name, tensor in views.items())
 
 
-def test_zip_bombs_and_paths_outside_are_refused(tmp_path):
+def test_zip_bombs_are_refused_and_nothing_is_unpacked(tmp_path):
     code, values = tensor_code(6, 0, (6,), (1,)), {"archive/data/0": bytes(24)}
-    good = zip_with(tmp_path / "good.pt", code, values).read_bytes()
-    assert read_foreign(tmp_path / "good.pt")["w"].shape == (6,)
+    good = zip_with(tmp_path / "good.pt", code, values | {"../outside": b"x", "/etc/outside": b"x"})
+    assert read_foreign(good)["w"].shape == (6,)
+    assert not list(tmp_path.parent.glob("outside")) and not Path("/etc/outside").exists()
     # The central directory claims a terabyte for the tensor's member.
-    at = good.rindex(b"PK\x01\x02")
-    bomb = bytearray(good)
-    bomb[at + 20:at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
-    (tmp_path / "bomb.pt").write_bytes(bomb)
-    bombs = {
-        "claim": tmp_path / "bomb.pt",
-        "is compressed": zip_with(tmp_path / "b.pt", code, {"archive/data/0": bytes(10**7)}, compress=8),
-        "outside": zip_with(tmp_path / "c.pt", code, values | {"../outside": b"x"}),
-        "outside its": zip_with(tmp_path / "d.pt", code, values | {"/etc/outside": b"x"}),
-        "data.pkl": zip_with(tmp_path / "e.pt", code, values, name="archive/other.pkl"),
-        "2 members": zip_with(tmp_path / "f.pt", code, values | {"second/data.pkl": code}),
-    }
-    for words, path in bombs.items():
-        with pytest.raises(ValueError, match=words) as error:
+    claim = bytearray(zip_with(tmp_path / "a.pt", code, values).read_bytes())
+    at = claim.rindex(b"PK\x01\x02")
+    claim[at + 20:at + 28] = struct.pack("<II", 2**32 - 2, 2**32 - 2)
+    (tmp_path / "a.pt").write_bytes(claim)
+    for words, path in {
+            "claim": tmp_path / "a.pt",
+            "compressed": zip_with(tmp_path / "b.pt", code, {"archive/data/0": bytes(10**7)}, compress=8),
+            "data.pkl": zip_with(tmp_path / "c.pt", code, values, name="archive/other.pkl"),
+            "2 members": zip_with(tmp_path / "d.pt", code, values | {"second/data.pkl": code})}.items():
+        with refused(words):
             read_foreign(path)
-        assert one_sentence(error.value)
-    assert not (tmp_path.parent / "outside").exists()
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -358,13 +282,7 @@ def test_flipped_and_truncated_files_are_one_sentence_or_a_dict(tmp_path, zipped
     torch.save({"state_dict": tensors, "epoch": 5}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     good, numbers, path = (tmp_path / "a.pt").read_bytes(), np.random.default_rng(0), tmp_path / "b.pt"
     for trial in range(300):
-        damaged = bytearray(good)
-        if trial % 3:
-            for place in numbers.integers(0, len(good), 1 + trial % 5):
-                damaged[place] ^= 1 << int(numbers.integers(8))
-        else:
-            del damaged[int(numbers.integers(len(good))):]
-        path.write_bytes(damaged)
+        path.write_bytes(damaged(good, numbers, cut=trial % 3 == 0, flips=1 + trial % 5))
         try:
             found = read_foreign(path)
         except ValueError as error:
@@ -374,16 +292,10 @@ def test_flipped_and_truncated_files_are_one_sentence_or_a_dict(tmp_path, zipped
             assert all(same(found["state_dict"][name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x80\x02.", b"{}", bytes(1000)])
-def test_other_files_are_one_sentence(tmp_path, content):
-    (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        read_foreign(tmp_path / "a.pt")
-    assert one_sentence(error.value)
-
-
-def test_missing_file_is_one_sentence(tmp_path):
-    for path in (tmp_path / "no.pt", tmp_path):
-        with pytest.raises(FileNotFoundError) as error:
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x80\x02.", b"{}", bytes(1000), None])
+def test_other_files_and_none_are_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.pt").write_bytes(content)
+    for path in (tmp_path / "a.pt", tmp_path):
+        with refused():
             read_foreign(path)
-        assert one_sentence(error.value)

@@ -1,14 +1,13 @@
 """Autoencoders in every format: round trips, files written by hand as others describe them, and damage."""
 
 import json
-import sys
 import types
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_sentence, random_sae
+from conftest import damaged, one_sentence, random_sae, refused
 from safetensors.torch import load_file, save_file
 
 from patchsae import SparseAutoencoder
@@ -84,38 +83,21 @@ def values(dtype=torch.float32) -> dict:
     return {name: tensor.to(dtype) for name, tensor in w.items()}
 
 
-def by_definition(w: dict, z: np.ndarray, centred=True) -> tuple:
-    """Latents and reconstruction of tokens ``[n, D]`` in numpy."""
-    w = {name: tensor.double().numpy() for name, tensor in w.items()}
-    h = np.maximum((z - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"], 0)
-    return h, h @ w["W_dec"] + w["b_dec"]
-
-
 def assert_gives(sae, w, centred=True):
-    """The autoencoder computes what its file says."""
-    z = np.random.default_rng(5).normal(size=(3, D))
-    h, z_hat = by_definition(w, z, centred)
+    """The autoencoder computes what its file says, by the definition in float64."""
+    z, w = np.random.default_rng(5).normal(size=(3, D)), {name: t.double().numpy() for name, t in w.items()}
+    h = np.maximum((z - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"], 0)
     with torch.no_grad():
         found = sae.encode(torch.tensor(z, dtype=torch.float32))
         np.testing.assert_allclose(found.numpy(), h, atol=1e-5)
-        np.testing.assert_allclose(sae.decode(found).numpy(), z_hat, atol=1e-5)
-
-
-class RunnerConfig:
-    """The settings object inside an official file."""
+        np.testing.assert_allclose(sae.decode(found).numpy(), h @ w["W_dec"] + w["b_dec"], atol=1e-5)
 
 
 @pytest.mark.parametrize("entry", ["cfg", "config"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_official_file(tmp_path, monkeypatch, entry, dtype):
-    module = types.ModuleType("sae_training_config")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(RunnerConfig, "__module__", module.__name__)
-    module.RunnerConfig = RunnerConfig
-    config, w = RunnerConfig(), values(dtype)
-    config.d_in, config.lr, config.device = D, 4e-4, torch.device("cuda")
+def test_official_file(tmp_path, entry, dtype):
+    config, w = types.SimpleNamespace(d_in=D, lr=4e-4, device=torch.device("cuda")), values(dtype)
     torch.save({entry: config, "state_dict": w}, tmp_path / "out.pt")
-    monkeypatch.delitem(sys.modules, module.__name__)
     sae = SparseAutoencoder.from_pretrained(tmp_path / "out.pt")
     assert {p.dtype for p in sae.parameters()} == {torch.float32}
     assert_gives(sae, w)
@@ -159,14 +141,17 @@ def test_saelens_folder(tmp_path, centred):
 
 @pytest.mark.parametrize("changes", [
     {"architecture": "jumprelu"}, {"normalize_activations": "layer_norm"}, {"activation_fn_str": "topk"},
-    {"reshape_activations": "hook_z"}, {"d_sae": S + 1}, {"d_in": None}])
-def test_saelens_folder_with_other_equations_is_refused(tmp_path, changes):
-    write_saelens(tmp_path, random_sae(D, S).state_dict(), "m", "h")
+    {"activation_fn_str": "tanh-relu"}, {"architecture": "gated"}, {"apply_b_dec_to_input": "false"},
+    {"reshape_activations": "hook_z"}, {"d_sae": S + 1}, {"d_in": None}, {"rescale_acts_by_decoder_norm": True}])
+def test_saelens_settings_with_other_equations_are_refused_whatever_the_file_is_called(tmp_path, changes):
+    write_saelens(tmp_path, random_sae(D, S), "m", "h")
     config = json.loads((tmp_path / "cfg.json").read_text()) | changes
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_sae(tmp_path)
-    assert one_sentence(error.value)
+    (tmp_path / "sae_weights.safetensors").rename(tmp_path / "weights.safetensors")
+    with refused():
+        read_sae(tmp_path / "weights.safetensors")
 
 
 def test_latents_that_saelens_rescales_are_what_it_computes(tmp_path):
@@ -186,11 +171,6 @@ def test_latents_that_saelens_rescales_are_what_it_computes(tmp_path):
         np.testing.assert_allclose(found.detach(), h, atol=1e-5)
         z_hat = (h / norms) @ numbers["W_dec"] + numbers["b_dec"]
         np.testing.assert_allclose(sae.decode(found).detach(), z_hat, atol=1e-5)
-    settings = {"architecture": "standard", "d_in": D, "d_sae": S, "rescale_acts_by_decoder_norm": True}
-    (tmp_path / "cfg.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="rescales") as error:
-        read_sae(tmp_path)
-    assert one_sentence(error.value)
 
 
 @pytest.mark.parametrize("name, beside", [("sae_weights.safetensors", "cfg.json"), ("sae.safetensors", "config.json")])
@@ -206,37 +186,20 @@ def test_weights_without_the_settings_that_belong_to_them_are_refused(tmp_path, 
         if lost:
             (tmp_path / beside).unlink()
         for path in (tmp_path, tmp_path / name):
-            with pytest.raises((ValueError, FileNotFoundError), match=beside) as error:
+            with refused(beside):
                 read_sae(path)
-            assert one_sentence(error.value)
-
-
-@pytest.mark.parametrize("changes", [{"normalize_activations": "layer_norm"}, {"activation_fn_str": "tanh-relu"},
-                                     {"architecture": "gated"}, {"apply_b_dec_to_input": "false"}])
-def test_a_saelens_file_means_what_its_folder_says_whatever_it_is_called(tmp_path, changes):
-    write_saelens(tmp_path, random_sae(D, S), "m", "h")
-    config = json.loads((tmp_path / "cfg.json").read_text()) | changes
-    (tmp_path / "cfg.json").write_text(json.dumps(config))
-    for name in ("sae_weights.safetensors", "weights.safetensors"):
-        (tmp_path / "sae_weights.safetensors").rename(tmp_path / name)
-        with pytest.raises(ValueError, match=next(iter(changes))) as error:
-            read_sae(tmp_path / name)
-        assert one_sentence(error.value)
-        (tmp_path / name).rename(tmp_path / "sae_weights.safetensors")
 
 
 def test_a_scale_of_one_is_no_weight(tmp_path):
     """Versions of SAELens before 6 wrote one; any other number makes another function."""
     write_saelens(tmp_path, random_sae(D, S), "m", "h")
     w = load_file(tmp_path / "sae_weights.safetensors")
-    for scale, read in ((torch.ones(S), True), (2 * torch.ones(S), False)):
-        save_file(w | {"scaling_factor": scale, "steps": torch.tensor(3)}, tmp_path / "sae_weights.safetensors")
-        if read:
-            assert_gives(SparseAutoencoder.from_pretrained(tmp_path), w)
-            continue
-        with pytest.raises(ValueError, match="scaling_factor") as error:
-            read_sae(tmp_path)
-        assert one_sentence(error.value)
+    more = {"scaling_factor": torch.ones(S), "steps": torch.tensor(3)}
+    save_file(w | more, tmp_path / "sae_weights.safetensors")
+    assert_gives(SparseAutoencoder.from_pretrained(tmp_path), w)
+    save_file(w | {"scaling_factor": 2 * torch.ones(S)}, tmp_path / "sae_weights.safetensors")
+    with refused("scaling_factor"):
+        read_sae(tmp_path)
 
 
 FASTSAE = {"class_type": "VanillaSAE", "d_in": D, "d_sae_factor": 4, "architecture": "vanilla",
@@ -261,9 +224,8 @@ def test_fastsae_is_what_its_settings_say(tmp_path, text, given, around):
     assert_gives(SparseAutoencoder.from_pretrained(tmp_path / given), w)
     assert read_sae(tmp_path / given)[1]["format"] == "FastSAE folder"
     settings.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_sae(tmp_path / given)
-    assert one_sentence(error.value)
 
 
 @pytest.mark.parametrize("changes, more", [
@@ -280,9 +242,8 @@ def test_official_files_are_what_their_cfg_says(tmp_path, changes, more, entry, 
     assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "out.pt"), w)
     torch.save({entry: kind(**plain | changes), "state_dict": w | {name: torch.zeros(S) for name in more}},
                tmp_path / "out.pt")
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_sae(tmp_path / "out.pt")
-    assert one_sentence(error.value)
 
 
 class Node:
@@ -308,9 +269,8 @@ def test_settings_inside_each_other_are_one_sentence_or_ignored(tmp_path, place)
     if place in ("cfg", "key", "beside"):
         assert_gives(SparseAutoencoder.from_pretrained(tmp_path / "out.pt"), w)
         return
-    with pytest.raises(ValueError) as error:
+    with refused():
         read_sae(tmp_path / "out.pt")
-    assert one_sentence(error.value)
 
 
 def test_the_official_writer_gives_the_authors_loader_what_it_asks_for(tmp_path):
@@ -321,25 +281,6 @@ def test_the_official_writer_gives_the_authors_loader_what_it_asks_for(tmp_path)
     assert (config.d_in, config.d_sae, config.dtype, config.gated_sae) == (D, S, torch.float32, False)
     assert isinstance(config.l1_coefficient, float) and isinstance(config.use_ghost_grads, bool)
     assert set(content["state_dict"]) == set(NAMES)
-    config.device = "mps"  # they set it on some machines
-
-
-@pytest.mark.parametrize("form", ["official.pt", "alone.safetensors", "saelens"])
-@pytest.mark.parametrize("name, damage, words", [
-    ("b_enc", lambda t: t.double() * 1e300, "not finite"), ("W_dec", lambda t: t * 0, "zeros"),
-    ("W_enc", lambda t: t.double() / 0, "not finite")])
-def test_what_is_not_finite_in_float32_or_all_zero_is_refused(tmp_path, form, name, damage, words):
-    w = values()
-    w[name] = damage(w[name])
-    if form == "official.pt":
-        torch.save({"cfg": None, "state_dict": w}, tmp_path / form)
-    elif form == "saelens":
-        write_saelens(tmp_path / form, w, "m", "h")
-    else:
-        save_file(w, tmp_path / form)
-    with pytest.raises(ValueError, match=words) as error:
-        read_sae(tmp_path / form)
-    assert one_sentence(error.value)
 
 
 def test_plain_mixin_folder(tmp_path):
@@ -368,64 +309,49 @@ def test_a_profile_can_name_given_weights(tmp_path, clip, image_data, profile):
     assert not given.at_layer(0).sae.weights and not given.with_sae(tokens="cls").sae.weights
     assert given.sae_settings()["sae"]["weights"] and "weights" not in profile.sae_settings()["sae"]
     torch.save({"state_dict": values()}, tmp_path / "narrow.pt")
-    with pytest.raises(ValueError) as error:
+    with refused():
         trained_sae(profile.with_sae(weights=str(tmp_path / "narrow.pt")), clip, image_data)
-    assert one_sentence(error.value)
 
 
 # Damage
 
-def changed(w: dict, how: str) -> dict:
-    """Weights damaged in one way."""
-    w = dict(w)
-    if how.startswith("without "):
-        del w[how[8:]]
-    elif how == "transposed":
-        w["W_enc"] = w["W_enc"].T.contiguous()
-    elif how == "cut":
-        w["b_enc"] = w["b_enc"][:-1]
-    elif how == "integers":
-        w["W_dec"] = w["W_dec"].int()
-    elif how == "nan":
-        w["b_dec"] = w["b_dec"] * float("nan")
-    elif how == "infinite":
-        w["W_enc"] = w["W_enc"] / 0
-    elif how == "twice":
-        w["other.W_enc"] = w["W_enc"].clone()
-    elif how == "not tensors":
-        w = {name: tensor.tolist() for name, tensor in w.items()}
-    elif how == "empty":
-        w = {"W_enc": torch.empty(0, 0), "b_enc": torch.empty(0), "W_dec": torch.empty(0, 0), "b_dec": torch.empty(0)}
-    return w
+#: What is wrong -> what stands in the place of some weights; None: nothing.
+WRONG = {
+    **{f"no {name}": lambda w, name=name: {name: None} for name in NAMES},
+    "transposed": lambda w: {"W_enc": w["W_enc"].T.contiguous()}, "cut": lambda w: {"b_enc": w["b_enc"][:-1]},
+    "integers": lambda w: {"W_dec": w["W_dec"].int()}, "twice": lambda w: {"other.W_enc": w["W_enc"].clone()},
+    "not finite": lambda w: {"b_dec": w["b_dec"] * float("nan")},
+    "not finite in W_enc": lambda w: {"W_enc": w["W_enc"].double() / 0},
+    "not finite in b_enc": lambda w: {"b_enc": w["b_enc"].double() * 1e300},
+    "zeros": lambda w: {"W_dec": w["W_dec"] * 0}, "lists": lambda w: {name: w[name].tolist() for name in NAMES},
+    "empty": lambda w: {name: w[name][:0].clone() if w[name].ndim == 1 else torch.empty(0, 0) for name in NAMES}}
 
 
-HOW = [*(f"without {name}" for name in NAMES), "transposed", "cut", "integers", "nan", "infinite", "twice", "empty"]
-
-
-@pytest.mark.parametrize("how", [*HOW, "not tensors"])
-@pytest.mark.parametrize("form", ["official", "final", "safetensors"])
+@pytest.mark.parametrize("how", WRONG)
+@pytest.mark.parametrize("form", ["official.pt", "final", "alone.safetensors", "saelens"])
 def test_wrong_weights_are_one_sentence(tmp_path, how, form):
-    w = changed(values(), how)
-    if form == "safetensors":
-        if how == "not tensors":
-            return
-        save_file(w, tmp_path / "a.safetensors")
-    elif form == "official":
-        torch.save({"cfg": None, "state_dict": w}, tmp_path / "a.pt")
+    w = {name: tensor for name, tensor in (values() | WRONG[how](values())).items() if tensor is not None}
+    path = tmp_path / form
+    if how == "lists" and form in ("alone.safetensors", "saelens"):
+        return
+    if form == "saelens":
+        write_saelens(path, values(), "m", "h")
+        save_file(w, path / "sae_weights.safetensors")
+    elif form == "alone.safetensors":
+        save_file(w, path)
+    elif form == "official.pt":
+        torch.save({"cfg": None, "state_dict": w}, path)
     else:
-        (tmp_path / "final").mkdir()
-        torch.save(w, tmp_path / "final" / "a.pt")
-    path = tmp_path if form == "final" else next(tmp_path.iterdir())
-    with pytest.raises(ValueError) as error:
+        path.mkdir()
+        torch.save(w, path / "a.pt")
+    with refused(how if how.startswith(("not", "zeros")) else None):
         SparseAutoencoder.from_pretrained(path)
-    assert one_sentence(error.value)
 
 
 @pytest.mark.parametrize("form", ["official", "ours", "saelens"])
 def test_flipped_bytes_are_found_or_one_sentence(tmp_path, form):
     """Where a hash or checksum is known no flipped bit goes unseen; a SAELens folder has none."""
-    sae, numbers = random_sae(D, S), np.random.default_rng(1)
-    path = tmp_path / form
+    sae, numbers, path = random_sae(D, S), np.random.default_rng(1), tmp_path / form
     if form == "official":
         write_official(path, sae.state_dict())
     elif form == "ours":
@@ -436,12 +362,7 @@ def test_flipped_bytes_are_found_or_one_sentence(tmp_path, form):
     for trial in range(120):
         file = files[trial % len(files)]
         good = file.read_bytes()
-        bad = bytearray(good)
-        if trial % 4 == 0:
-            del bad[int(numbers.integers(len(good))):]
-        else:
-            bad[int(numbers.integers(len(good)))] ^= 1 << int(numbers.integers(8))
-        file.write_bytes(bad)
+        file.write_bytes(damaged(good, numbers, cut=trial % 4 == 0))
         try:
             found = SparseAutoencoder.from_pretrained(path)
             assert form == "saelens" or as_loaded(found) == as_loaded(sae)
@@ -451,14 +372,12 @@ def test_flipped_bytes_are_found_or_one_sentence(tmp_path, form):
 
 
 def test_other_paths_are_one_sentence(tmp_path):
-    (tmp_path / "two").mkdir()
-    for name in ("a.pt", "b.pt"):
-        torch.save(values(), tmp_path / "two" / name)
-    (tmp_path / "gelu").mkdir()
-    torch.save(values(), tmp_path / "gelu" / "a.pt")
+    for folder, names in (("two", ("a.pt", "b.pt")), ("gelu", ("a.pt",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            torch.save(values(), tmp_path / folder / name)
     (tmp_path / "gelu" / "config_sae.json").write_text('{"activation_name": "gelu"}')
     torch.save({"state_dict": [1]}, tmp_path / "list.pt")
     for path in (tmp_path / "two", tmp_path / "gelu", tmp_path, tmp_path / "list.pt", "no/such/name/at/all"):
-        with pytest.raises((ValueError, OSError)) as error:
+        with refused():
             SparseAutoencoder.from_pretrained(path)
-        assert one_sentence(error.value)

@@ -27,9 +27,12 @@ def open_benchmark(root: Path, task: str, split: str, n: int | None = None,
     row = _row(task)
     if split not in row["counts"]:
         raise ValueError(f"{task} has the splits {', '.join(row['counts'])}, not {split!r}.")
-    if missing(root, task) and "hub" in row:
-        return open_hub(task, split, n, size)
-    files, names = _files(Path(root), task, split)
+    if absent := missing(root, task):
+        if "hub" in row:
+            return open_hub(task, split, n, size)
+        raise FileNotFoundError(f"{task} lacks {absent[0]}; get it from {where_from(task)}.")
+    read = _from_list if row["layout"] in ("coop", "aircraft") else _from_folders
+    files, names = read(row, Path(root) / row["folder"], split)
     _check_count(task, split, len(files))
     return FileDataset(Path(root), in_turn(files, n), names, size, dict.fromkeys(label for _, label in files))
 
@@ -64,72 +67,52 @@ def _check_count(task: str, split: str, found: int) -> None:
                          f"{where_from(task)}.")
 
 
-# Files in the layouts of CoOp
+# Files in the layouts of CoOp: those of a split with their labels, in the order of its source, and the class names
 
-def _files(root: Path, task: str, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Files and labels of a split in the order of its source, and the class names."""
-    row = TABLE[task]
-    if absent := missing(root, task):
-        raise FileNotFoundError(f"{task} lacks {absent[0]}; get it from {where_from(task)}.")
-    folder = root / row["folder"]
-    read = {"coop": _from_json, "aircraft": _from_lists, "wnid": _from_wnids, "numbered": _from_numbers}[row["layout"]]
-    return read(row, folder, split)
-
-
-def _from_json(row: dict, folder: Path, split: str):
-    path = folder / row["split"]
+def _from_list(row: dict, folder: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """What CoOp's JSON or the lists of FGVC-Aircraft name. A label is the place of the class's name in CoOp's order."""
+    path = folder / (row["split"] if row["layout"] == "coop" else f"images_variant_{split}.txt")
     try:
-        items = [(str(name), str(title)) for name, _, title in json.loads(path.read_text())[split]]
+        if row["layout"] == "coop":
+            pairs = [(str(name), str(title)) for name, _, title in json.loads(path.read_text())[split]]
+        else:
+            lines = [line.split(" ", 1) for line in path.read_text().splitlines() if line.strip()]
+            pairs = [(f"{name}.jpg", title) for name, title in lines]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not a split file of CoOp ({type(error).__name__}); get it again from "
                          f"{COOP_SOURCE}.") from error
-    return _named([(folder / row["images"] / _inside(name, path), title) for name, title in items], row, path)
-
-
-def _from_lists(row: dict, folder: Path, split: str):
-    path = folder / f"images_variant_{split}.txt"
-    pairs = [line.split(" ", 1) for line in path.read_text().splitlines() if line.strip()]
-    return _named([(folder / row["images"] / _inside(f"{name}.jpg", path), title) for name, title in pairs], row, path)
-
-
-def _named(pairs: list[tuple[Path, str]], row: dict, source: Path):
-    """Labels by name: the place of each file's class name in CoOp's order."""
     names = CLASS_NAMES[row["title"]]
-    places = {name: label for label, name in enumerate(names)}
-    titles = [title.replace("_", " ") for _, title in pairs]
-    if unknown := sorted(set(titles) - set(places)):
-        raise ValueError(f"{source} names the class {unknown[0][:80]!r}, which {row['title']} does not have; get it "
-                         f"again from {COOP_SOURCE}.")
-    return [(path, places[title]) for (path, _), title in zip(pairs, titles)], names
+    labels, files = {name: label for label, name in enumerate(names)}, []
+    for name, title in pairs:
+        if (title := title.replace("_", " ")) not in labels:
+            raise ValueError(f"{path} names the class {title[:80]!r}, which {row['title']} does not have; get it "
+                             f"again from {COOP_SOURCE}.")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{path} names the file {name[:80]!r} outside its folder; get it again from "
+                             f"{COOP_SOURCE}.")
+        files.append((folder / row["images"] / name, labels[title]))
+    return files, names
 
 
-def _inside(name: str, source: Path) -> str:
-    """A relative path that stays where it is."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{source} names the file {name[:80]!r} outside its folder; get it again from {COOP_SOURCE}.")
-    return name
-
-
-def _from_wnids(row: dict, folder: Path, split: str):
-    """One folder per WordNet id: sorted, they are the labels, and classnames.txt says what they are called."""
-    lines = (folder / "classnames.txt").read_text().splitlines()
-    titles = dict(line.strip().split(" ", 1) for line in lines if " " in line.strip())
-    folders = sorted(p for p in (folder / row["splits"][split]).iterdir() if p.is_dir() and p.name[0] == "n")
-    if unnamed := [p.name for p in folders if p.name not in titles]:
-        raise ValueError(f"{folder / 'classnames.txt'} does not name {unnamed[0]}; take the file that CoOp gives.")
-    names = tuple(titles[p.name] for p in folders)
-    known = CLASS_NAMES.get(row["title"], names)
-    if names != known:
-        raise ValueError(f"{folder} has {len(names)} classes that are not the {row['classes']} of {row['title']}; "
-                         "complete the folders, and take CoOp's classnames.txt.")
-    return [(file, label) for label, p in enumerate(folders) for file in images_in(p)], names
-
-
-def _from_numbers(row: dict, folder: Path, split: str):
-    names, top = CLASS_NAMES[row["title"]], folder / row["splits"][split]
-    folders = [top / str(label) for label in range(len(names))]
-    if absent := [p for p in folders if not p.is_dir()]:
-        raise FileNotFoundError(f"There is no folder {absent[0]}; complete it from {row['get']}.")
+def _from_folders(row: dict, folder: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """One folder for each label, called by its number or by its WordNet id. Ids are labelled in their order, and
+    classnames.txt says what they are called."""
+    top, names = folder / row["splits"][split], CLASS_NAMES.get(row["title"])
+    if row["layout"] == "numbered":
+        folders = [top / str(label) for label in range(len(names))]
+        if absent := [p for p in folders if not p.is_dir()]:
+            raise FileNotFoundError(f"There is no folder {absent[0]}; complete it from {row['get']}.")
+    else:
+        lines = (folder / "classnames.txt").read_text().splitlines()
+        titles = dict(line.strip().split(" ", 1) for line in lines if " " in line.strip())
+        folders = sorted(p for p in top.iterdir() if p.is_dir() and p.name[0] == "n")
+        if unnamed := [p.name for p in folders if p.name not in titles]:
+            raise ValueError(f"{folder / 'classnames.txt'} does not name {unnamed[0]}; take the file that CoOp gives.")
+        named = tuple(titles[p.name] for p in folders)
+        if named != (names or named):
+            raise ValueError(f"{folder} has {len(named)} classes that are not the {row['classes']} of {row['title']}; "
+                             "complete the folders, and take CoOp's classnames.txt.")
+        names = named
     return [(file, label) for label, p in enumerate(folders) for file in images_in(p)], names
 
 

@@ -30,13 +30,13 @@ def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, str]:
 
     ``root``: the folder that keeps the notes, by paths seen from there; what was noted before an interruption stays.
     """
-    place, hashes, unknown = notes_place(root), {}, {}
+    place, prefix, hashes, unknown = notes_place(root), f"{root}{os.sep}", {}, {}
     noted = _load(place)
     for path in dict.fromkeys(files):
-        name, state = _name(root, path), _state(path)
-        note = noted.get(name)
-        if note and note[:2] == state:
-            hashes[path] = note[2]
+        name, state = str(path), _state(path)
+        name = name.removeprefix(prefix) if name.startswith(prefix) else os.path.relpath(path, root)
+        if name in noted and noted[name][:2] == state:
+            hashes[path] = noted[name][2]
         else:
             unknown[path] = name, state
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(unknown), desc="hashes of the files", delay=1) as bar:
@@ -58,12 +58,6 @@ def notes_place(root: Path) -> Path:
         return root / NOTES
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "patchsae" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}{NOTES}"
-
-
-def _name(root: Path, path: Path) -> str:
-    """A path seen from a folder, which it mostly lies in."""
-    within, prefix = str(path), f"{root}{os.sep}"
-    return within.removeprefix(prefix) if within.startswith(prefix) else os.path.relpath(path, root)
 
 
 def _state(path: Path) -> list[int]:

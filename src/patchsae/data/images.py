@@ -95,6 +95,15 @@ class Crop(NamedTuple):
         return np.array(picture.resize((size, size), self.resample, box))
 
 
+def patch_shares(plane: np.ndarray, n: int, grid: int) -> np.ndarray:
+    """Share of each patch that each of n concepts covers: int ``[S,S]``, -1 for none -> float32 ``[grid,grid,n]``."""
+    places = np.arange(len(plane)) * grid // len(plane)
+    patch = places[:, None] * grid + places
+    counts = np.bincount((patch * (n + 1) + plane + 1).ravel(), minlength=grid**2 * (n + 1)).reshape(grid, grid, n + 1)
+    pixels = np.bincount(patch.ravel()).reshape(grid, grid, 1)
+    return (counts[..., 1:] / pixels).astype(np.float32)
+
+
 class Images:
     """What every source of images is: ``len(ds)``, ``ds[i] -> Item``, ``ds.class_names`` and ``ds.labels [N]``.
 

@@ -9,10 +9,9 @@ They are read where they lie, as their authors pack them, from ``data/<profile>/
 or, for images of one's own, from the folder that the profile names as ``masks``.
 """
 
-import functools
 import json
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,24 +22,32 @@ from patchsae.clip import Clip
 from patchsae.config import Profile, resolve
 from patchsae.data.datasets import open_dataset
 from patchsae.data.hashes import file_hashes
-from patchsae.data.images import Crop, FileDataset, Images, Item, content_id, read_image
+from patchsae.data.images import Crop, FileDataset, Images, Item, content_id, patch_shares, read_image
 
 #: A pixel without a concept.
 NONE = -1
 
 
 class Entry(NamedTuple):
-    """One image: its file, its label, the file of its mask, and ``read(size)``, which gives the concept of every pixel,
-    int ``[h,w]``, -1 for none, where ``size`` is the (width, height) of the image."""
+    """One image: its file, its label, and the file of its mask."""
 
     path: Path
     label: int
     mask: Path
-    read: Callable[[tuple[int, int]], np.ndarray]
 
 
-@dataclass(frozen=True)
-class MaskedImage:
+class Masks(NamedTuple):
+    """What a folder holds. ``read(entry, (width, height))`` gives the concept of every pixel of an image of that size:
+    int ``[h,w]``, a number of ``names``, or -1 for none. ``groups``: concept -> what it is part of."""
+
+    entries: list[Entry]
+    names: list[str]
+    class_names: list[str]
+    read: Callable[[Entry, tuple[int, int]], np.ndarray]
+    groups: dict[str, str] = {}
+
+
+class MaskedImage(NamedTuple):
     """An image and the concept of each of its pixels, cut as the model sees it.
 
     ``image``: uint8 ``[size,size,3]``; ``plane``: int ``[size,size]``, -1 for none; ``names``: of its numbers;
@@ -58,36 +65,31 @@ class MaskedImage:
 
     def coverage(self, kind: str) -> np.ndarray:
         """Share of each patch that each concept covers: float32 ``[grid,grid,concepts]``."""
-        places = np.arange(len(self.plane)) * self.grid // len(self.plane)
-        patch, n = places[:, None] * self.grid + places, len(self.names) + 1
-        counts = np.bincount((patch * n + self.plane + 1).ravel(), minlength=self.grid**2 * n)
-        pixels = np.bincount(patch.ravel(), minlength=self.grid**2)
-        return (counts.reshape(-1, n) / pixels[:, None])[:, 1:].reshape(self.grid, self.grid, -1).astype(np.float32)
+        return patch_shares(self.plane, len(self.names), self.grid)
 
 
 class MaskedDataset(Images):
-    """Images with masks in the folder ``root``. ``concepts``: kind -> names; ``groups``: concept -> what it is part
-    of."""
+    """Images with masks in the folder ``root``, cut to ``size`` pixels and ``grid`` patches a side."""
 
-    def __init__(self, root: Path, entries: list[Entry], names, class_names, groups: dict, size: int, grid: int):
-        if not entries:
+    def __init__(self, root: Path, masks: Masks, size: int, grid: int):
+        if not masks.entries:
             raise FileNotFoundError(f"There are no images in {root}; unpack the data set there as its authors packed "
                                     "it.")
-        super().__init__([entry.label for entry in entries], class_names)
-        self.root, self.entries, self.groups, self.concepts = root, entries, groups, {"noun": tuple(names)}
-        self.size, self.grid = size, grid
+        super().__init__([entry.label for entry in masks.entries], masks.class_names)
+        self.root, self.entries, self.read, self.groups = root, masks.entries, masks.read, masks.groups
+        self.concepts, self.size, self.grid = {"noun": tuple(masks.names)}, size, grid
 
     def scene(self, i: int) -> MaskedImage:
         """The image and its mask, resized to the model's size by the shorter side and cut in the middle."""
         entry = self.entries[i]
         image = read_image(entry.path, entry.path)
         height, width = image.shape[:2]
-        plane = entry.read((width, height)).astype(np.int32)
+        plane = self.read(entry, (width, height)).astype(np.int32)
         if plane.shape != (height, width):
             raise ValueError(f"The mask of {entry.path} is {list(plane.shape[::-1])} pixels, the image "
                              f"{[width, height]}; fetch the data set again.")
-        own = Crop(self.size, Image.Resampling.NEAREST)(plane)
-        return MaskedImage(Crop(self.size)(image), own, self.concepts["noun"], self.grid)
+        plane = Crop(self.size, Image.Resampling.NEAREST)(plane)
+        return MaskedImage(Crop(self.size)(image), plane, self.concepts["noun"], self.grid)
 
     def __getitem__(self, i: int) -> Item:
         image = self.scene(i).image
@@ -100,11 +102,12 @@ class MaskedDataset(Images):
         return [files, self.labels.tolist(), self.concepts, self.groups, self.class_names, self.size, self.grid]
 
 
-def _open(path: Path) -> Image.Image:
+def _numbers(entry: Entry) -> np.ndarray:
+    """What a mask in a png holds."""
     try:
-        return Image.open(path)
+        return np.asarray(Image.open(entry.mask)).astype(np.int32)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read the image {path} ({error}); fetch the data set again.") from error
+        raise ValueError(f"Cannot read the mask {entry.mask} ({error}); fetch the data set again.") from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -115,87 +118,73 @@ def _lines(path: Path) -> list[str]:
         raise FileNotFoundError(f"There is no {path}; unpack the data set there as its authors packed it.") from error
 
 
-def ade20k(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
+def ade20k(folder: Path, split: str) -> Masks:
     """ADE20K's scene-parsing release: 150 concepts; labels are scenes. Pixels of 0 are none of the 150."""
     part = {"train": "training", "test": "validation"}[split]
     names = [line.split("\t")[-1].split(",")[0].strip() for line in _lines(folder / "objectInfo150.txt")[1:]]
     scene = dict(line.split()[:2] for line in _lines(folder / "sceneCategories.txt"))
     classes = sorted(set(scene.values()))
-
-    def read(mask: Path, _size) -> np.ndarray:
-        return np.asarray(_open(mask)).astype(np.int32) - 1
-
-    masks = folder / "annotations" / part
-    entries = [Entry(path, classes.index(scene[path.stem]), (mask := masks / f"{path.stem}.png"),
-                     functools.partial(read, mask))
+    entries = [Entry(path, classes.index(scene[path.stem]), folder / "annotations" / part / f"{path.stem}.png")
                for path in sorted((folder / "images" / part).glob("*.jpg"))]
-    return MaskedDataset(folder, entries, names, classes, {}, size, grid)
+    return Masks(entries, names, classes, lambda entry, _: _numbers(entry) - 1)
 
 
-def partimagenet(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
+def partimagenet(folder: Path, split: str) -> Masks:
     """PartImageNet: 40 parts, each of a super-category; labels are the ImageNet classes in the file names."""
     part = {"train": "train", "test": "val"}[split]
     path = folder / "annotations" / f"{part}.json"
     content = json.loads("\n".join(_lines(path)))
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    place, outlines = {c["id"]: i for i, c in enumerate(categories)}, {}
-    for annotation in content["annotations"]:
+    files = {image["id"]: folder / "images" / part / Path(image["file_name"]).name for image in content["images"]}
+    groups = {c["id"]: (c["name"], c["supercategory"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
+    numbers, outlines = {key: i for i, key in enumerate(groups)}, defaultdict(list)
+    for annotation in sorted(content["annotations"], key=lambda a: -a["area"]):  # smaller parts lie on larger ones
         if not isinstance(annotation["segmentation"], list):
             raise ValueError(f"{path} has a mask that is no polygon (annotation {annotation['id']}); convert it to "
                              "polygons first.")
-        outlines.setdefault(annotation["image_id"], []).append((place[annotation["category_id"]], annotation))
+        outlines[files.get(annotation["image_id"])].append(annotation)
 
-    def read(own: list, pixels: tuple[int, int]) -> np.ndarray:
+    def read(entry: Entry, pixels: tuple[int, int]) -> np.ndarray:
         canvas = Image.new("I", pixels, NONE)
-        for number, annotation in sorted(own, key=lambda a: -a[1]["area"]):  # smaller parts lie on larger ones
+        for annotation in outlines[entry.path]:
             for polygon in annotation["segmentation"]:
-                ImageDraw.Draw(canvas).polygon(polygon, fill=number)
+                ImageDraw.Draw(canvas).polygon(polygon, fill=numbers[annotation["category_id"]])
         return np.asarray(canvas)
 
-    images = sorted(content["images"], key=lambda image: image["file_name"])
-    classes = sorted({Path(image["file_name"]).name.split("_")[0] for image in images})
-    entries = [Entry(folder / "images" / part / Path(image["file_name"]).name,
-                     classes.index(Path(image["file_name"]).name.split("_")[0]), path,
-                     functools.partial(read, outlines.get(image["id"], []))) for image in images]
-    groups = {c["name"]: c["supercategory"] for c in categories}
-    return MaskedDataset(folder, entries, list(groups), classes, groups, size, grid)
+    titles = {file: file.name.split("_")[0] for file in sorted(files.values())}
+    classes = sorted(set(titles.values()))
+    entries = [Entry(file, classes.index(title), path) for file, title in titles.items()]
+    return Masks(entries, [name for name, _ in groups.values()], classes, read, dict(groups.values()))
 
 
-def oxford_pets(folder: Path, split: str, size: int, grid: int) -> MaskedDataset:
+def oxford_pets(folder: Path, split: str) -> Masks:
     """Oxford-IIIT Pets: the trimap's foreground is the breed; groups are cat and dog. Borders (3) are nothing."""
     listing = folder / "annotations" / {"train": "trainval.txt", "test": "test.txt"}[split]
     listed = [line.split() for line in _lines(listing)]
     breed = {int(number): name.rsplit("_", 1)[0].replace("_", " ").lower() for name, number, *_ in listed}
     species = {breed[int(number)]: {"1": "cat", "2": "dog"}[kind] for _, number, kind, *_ in listed}
     names = [breed[number] for number in sorted(breed)]
-
-    def read(mask: Path, label: int, _size) -> np.ndarray:
-        return np.where(np.asarray(_open(mask)) == 1, label, NONE)
-
-    masks = folder / "annotations" / "trimaps"
-    entries = [Entry(folder / "images" / f"{name}.jpg", (label := names.index(breed[int(number)])),
-                     (mask := masks / f"{name}.png"), functools.partial(read, mask, label))
-               for name, number, *_ in sorted(listed)]
-    return MaskedDataset(folder, entries, names, names, species, size, grid)
+    entries = [Entry(folder / "images" / f"{name}.jpg", names.index(breed[int(number)]),
+                     folder / "annotations" / "trimaps" / f"{name}.png") for name, number, *_ in sorted(listed)]
+    return Masks(entries, names, names, lambda entry, _: np.where(_numbers(entry) == 1, entry.label, NONE), species)
 
 
-def own_masks(folder: Path, images: FileDataset, size: int, grid: int) -> MaskedDataset:
+def own_masks(folder: Path, images: FileDataset) -> Masks:
     """Masks of images in class folders: a png of numbers where the image would be if the folder of masks were that of
     the images. The numbers count the lines of ``classes.txt`` there from 1; without it, all but 0 is the image's class.
     """
     listing = folder / "classes.txt"
-    names = _lines(listing) if listing.is_file() else images.class_names
+    listed = listing.is_file()
+    names = _lines(listing) if listed else images.class_names
 
-    def read(mask: Path, label: int, _size) -> np.ndarray:
-        numbers = np.asarray(_open(mask)).astype(np.int32)
-        if numbers.ndim != 2 or listing.is_file() and numbers.max() > len(names):
-            raise ValueError(f"The mask {mask} does not hold one number from 0 to {len(names)} a pixel; mend it.")
-        return numbers - 1 if listing.is_file() else np.where(numbers > 0, label, NONE)
+    def read(entry: Entry, _) -> np.ndarray:
+        numbers = _numbers(entry)
+        if numbers.ndim != 2 or listed and numbers.max() > len(names):
+            raise ValueError(f"The mask {entry.mask} does not hold one number from 0 to {len(names)} a pixel; mend it.")
+        return numbers - 1 if listed else np.where(numbers > 0, entry.label, NONE)
 
-    masks = [folder / path.relative_to(images.root).with_suffix(".png") for path, _ in images.files]
-    entries = [Entry(path, label, mask, functools.partial(read, mask, label))
-               for (path, label), mask in zip(images.files, masks) if mask.is_file()]
-    return MaskedDataset(folder, entries, names, images.class_names, {}, size, grid)
+    entries = [Entry(path, label, folder / path.relative_to(images.root).with_suffix(".png"))
+               for path, label in images.files]
+    return Masks([entry for entry in entries if entry.mask.is_file()], names, images.class_names, read)
 
 
 #: Folder under ``data/<profile>/segmentation/`` -> its reader.
@@ -206,9 +195,8 @@ SOURCE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip
 
 def masks_folder(profile: Profile) -> Path | None:
     """The folder of masks that the profile names, or else the first public set of them that is there."""
-    if profile.data.masks:
-        return folder if (folder := resolve(profile.data.masks)).is_dir() else None
-    folders = [profile.data_dir / "segmentation" / name for name in READERS]
+    named = [profile.data_dir / "segmentation" / name for name in READERS]
+    folders = [resolve(profile.data.masks)] if profile.data.masks else named
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
@@ -216,11 +204,14 @@ def open_masked(profile: Profile, clip: Clip, split: str):
     """Images with ground truth: the profile's own where it has one, else the first public set that is there."""
     if profile.data.source == "scenes":
         return open_dataset(profile, profile.data.task, split)
-    if (folder := masks_folder(profile)) is not None:
-        if folder.name in READERS:
-            return READERS[folder.name](folder, split, clip.image_size, clip.grid)
-        return own_masks(folder, open_dataset(profile, profile.data.task, split), clip.image_size, clip.grid)
-    if profile.data.masks:
+    folder = masks_folder(profile)
+    if folder is None and profile.data.masks:
         raise FileNotFoundError(f"There is no folder of masks {profile.data.masks}; mend data.masks of the profile.")
-    raise FileNotFoundError(f"There are no masks in {profile.data_dir / 'segmentation'}; unpack one of "
-                            f"{', '.join(READERS)} there, the first from {SOURCE}.")
+    if folder is None:
+        raise FileNotFoundError(f"There are no masks in {profile.data_dir / 'segmentation'}; unpack one of "
+                                f"{', '.join(READERS)} there, the first from {SOURCE}.")
+    if folder.name in READERS:
+        masks = READERS[folder.name](folder, split)
+    else:
+        masks = own_masks(folder, open_dataset(profile, profile.data.task, split))
+    return MaskedDataset(folder, masks, clip.image_size, clip.grid)

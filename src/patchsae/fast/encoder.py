@@ -1,7 +1,5 @@
 """Encoding for the sake of sums over each image's tokens, without ever holding all latents of an image."""
 
-from collections.abc import Iterator
-
 import torch
 
 from patchsae.fast import onednn
@@ -29,18 +27,14 @@ class Encoder:
         """Mean activation over the tokens ``[B,T,D]`` of each image, and how many are above ``tau``: ``[B,S]`` each."""
         if self.rows is None:
             return _mean_and_count(self.sae.encode(z), tau)
+        layers = list(zip(self.rows.split(LATENTS_AT_ONCE), self.sae.b_enc.split(LATENTS_AT_ONCE)))
         means, counts = [], []
-        for few in z.split(IMAGES_AT_ONCE):
-            mean, count = zip(*(_mean_and_count(h, tau) for h in self._in_parts(few)))
+        for centred in (few - self.sae.b_dec for few in z.split(IMAGES_AT_ONCE)):
+            parts = (_mean_and_count(onednn.linear(centred, rows, bias, relu=True), tau) for rows, bias in layers)
+            mean, count = zip(*parts)
             means.append(torch.cat(mean, 1))
             counts.append(torch.cat(count, 1))
         return torch.cat(means), torch.cat(counts)
-
-    def _in_parts(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
-        """``h [B,T,n]`` of a few images, n latents at a time."""
-        centred = z - self.sae.b_dec
-        for rows, bias in zip(self.rows.split(LATENTS_AT_ONCE), self.sae.b_enc.split(LATENTS_AT_ONCE)):
-            yield onednn.linear(centred, rows, bias, relu=True)
 
 
 def _mean_and_count(h: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:

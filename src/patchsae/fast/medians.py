@@ -30,20 +30,15 @@ def geometric_median(points: torch.Tensor, iterations: int = 100, tolerance: flo
     points = points.double()
     median = points.mean(-2)
     for _ in range(iterations):
-        moved = _weiszfeld_step(points, median)
+        offset = points - median.unsqueeze(-2)
+        distance = offset.norm(dim=-1, keepdim=True)
+        weight = torch.where(distance > 0, 1 / distance, 0.0)
+        pull, here = (weight * offset).sum(-2), (distance == 0).sum(-2)
+        # The points at the median itself hold it with a force of at most their number.
+        hold = (1 - here / pull.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_min(0)
+        moved = median + hold * pull / weight.sum(-2).clamp_min(1e-300)
         done = (moved - median).norm(dim=-1).max() <= tolerance * moved.norm(dim=-1).max()
         median = moved
         if done:
             break
     return median.float()
-
-
-def _weiszfeld_step(points: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
-    """One iteration on ``[...,N,D]`` from ``[...,D]``."""
-    offset = points - median.unsqueeze(-2)
-    distance = offset.norm(dim=-1, keepdim=True)
-    weight = torch.where(distance > 0, 1 / distance, 0.0)
-    pull, here = (weight * offset).sum(-2), (distance == 0).sum(-2)
-    # The points at the median itself hold it with a force of at most their number.
-    hold = (1 - here / pull.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_min(0)
-    return median + hold * pull / weight.sum(-2).clamp_min(1e-300)

@@ -146,7 +146,9 @@ def sparse_step(sae: SparseAutoencoder, z: torch.Tensor, l1: float, dead: torch.
     total.backward()
     fired = _set_gradients(sae, z, found, z_hat.grad, dtype)
     if len(candidates):
-        _add_ghosts(sae, z, candidates, pre.grad, rows.grad)
+        sae.W_dec.grad.index_add_(0, candidates, rows.grad)
+        sae.W_enc.grad.T.index_add_(0, candidates, pre.grad.T @ (z - sae.b_dec.detach()))
+        sae.b_enc.grad.index_add_(0, candidates, pre.grad.sum(0))
     sae.b_dec.grad = z_hat.grad.sum(0) - sae.W_enc.detach() @ sae.b_enc.grad
     return SparseStep(*(t.detach() for t in (mse, sparsity, ghost, total, z_hat)), found.total, fired)
 
@@ -164,10 +166,3 @@ def _set_gradients(sae: SparseAutoencoder, z, found: Active, above: torch.Tensor
     sae.W_enc.grad = weighted_sums(slopes, tokens, offsets, centred).T
     sae.b_enc.grad = torch.segment_reduce(slopes, "sum", offsets=offsets, initial=0, unsafe=True)
     return offsets.diff() > 0
-
-
-def _add_ghosts(sae: SparseAutoencoder, z, candidates, pre: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the gradients by way of the ghost term: of the pre-activations ``[N,K]`` and the rows of W_dec ``[K,D]``."""
-    sae.W_dec.grad.index_add_(0, candidates, rows)
-    sae.W_enc.grad.T.index_add_(0, candidates, pre.T @ (z - sae.b_dec.detach()))
-    sae.b_enc.grad.index_add_(0, candidates, pre.sum(0))

@@ -1,32 +1,32 @@
 """CLIP weights: a folder in the layout of transformers, or a file in OpenAI's own, a state dict or a scripted model."""
 
+import re
 from pathlib import Path
 
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from patchsae.weights.files import first_line, load_json, model_files
+from patchsae.weights.files import checked_weights, first_line, load_json, model_files
 from patchsae.weights.foreign import read_state_dict
 
-#: Parts of a block: OpenAI's name -> transformers' name. Attention is one matrix there and three here.
+#: OpenAI's names -> those of transformers, outside the blocks and, without the tower and the number, in them.
+TOWERS = {
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight", "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias", "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight", "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection": "text_projection.weight", "logit_scale": "logit_scale"}
 BLOCK = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
          "mlp.c_proj": "mlp.fc2"}
-#: Single tensors: OpenAI's name -> (transformers' name, whether it is transposed).
-TOWERS = {
-    "visual.conv1.weight": ("vision_model.embeddings.patch_embedding.weight", False),
-    "visual.class_embedding": ("vision_model.embeddings.class_embedding", False),
-    "visual.positional_embedding": ("vision_model.embeddings.position_embedding.weight", False),
-    "visual.ln_pre.weight": ("vision_model.pre_layrnorm.weight", False),
-    "visual.ln_pre.bias": ("vision_model.pre_layrnorm.bias", False),
-    "visual.ln_post.weight": ("vision_model.post_layernorm.weight", False),
-    "visual.ln_post.bias": ("vision_model.post_layernorm.bias", False),
-    "visual.proj": ("visual_projection.weight", True),
-    "token_embedding.weight": ("text_model.embeddings.token_embedding.weight", False),
-    "positional_embedding": ("text_model.embeddings.position_embedding.weight", False),
-    "ln_final.weight": ("text_model.final_layer_norm.weight", False),
-    "ln_final.bias": ("text_model.final_layer_norm.bias", False),
-    "text_projection": ("text_projection.weight", True),
-    "logit_scale": ("logit_scale", False)}
+#: What transformers has as layers without bias, turned.
+TURNED = ("visual.proj", "text_projection")
+#: Names in a block: its tower and number, and what is in it; attention is one matrix there and three in transformers.
+IN_A_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.([^.]*)\.(?:attn\.in_proj_(weight|bias)|(.+)\.(\w+))")
 #: Numbers that stand among the tensors and follow from their shapes.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
@@ -66,21 +66,15 @@ def build_clip(config: CLIPConfig, tensors: dict[str, torch.Tensor], where: str 
     """The model of a configuration, in float32: every tensor has a place, every place a tensor, and all are numbers."""
     try:
         with torch.device("meta"):
-            places = {name: tuple(place.shape) for name, place in CLIPModel(config).state_dict().items()}
+            shapes = {name: list(place.shape) for name, place in CLIPModel(config).state_dict().items()}
     except Exception as error:  # there is no end to what may be wrong in a configuration
         raise ValueError(f"{where} is configured as no CLIP can be ({first_line(error)}); fetch it again.") from error
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    if wrong := sorted(places.keys() ^ tensors.keys()):
-        said = "lacks the weight" if wrong[0] in places else "is configured without a place for its weight"
+    if wrong := sorted(shapes.keys() ^ tensors.keys()):
+        said = "lacks the weight" if wrong[0] in shapes else "is configured without a place for its weight"
         raise ValueError(f"{where} {said} {wrong[0]}; fetch it again.")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != places[name] or not tensor.is_floating_point():
-            raise ValueError(f"{where} has {name} as {tensor.dtype} of the shape {list(tensor.shape)}, but its "
-                             f"configuration asks for numbers of the shape {list(places[name])}; fetch it again.")
-        tensors[name] = tensor.float()
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"{where} has values that are not finite in {name}; fetch it again.")
-    return CLIPModel.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return CLIPModel.from_pretrained(None, config=config, state_dict=checked_weights(tensors, shapes, where),
+                                     dtype=torch.float32)
 
 
 def shape_of(tensors: dict[str, torch.Tensor]) -> CLIPConfig:
@@ -104,28 +98,18 @@ def shape_of(tensors: dict[str, torch.Tensor]) -> CLIPConfig:
 
 def renamed(tensors: dict[str, torch.Tensor], where: str | Path) -> dict[str, torch.Tensor]:
     """The same tensors under the names of a ``CLIPModel``; a name that OpenAI's layout does not have is refused."""
-    found = {}
+    places = {}
     for name, tensor in tensors.items():
-        side, block, rest = _block(name)
-        part, _, kind = rest.rpartition(".")
-        if block is None and name in TOWERS:
-            place, transposed = TOWERS[name]
-            found[place] = tensor.movedim(0, -1) if transposed else tensor
-        elif block is not None and rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            for letter, third in zip("qkv", tensor.chunk(3)):
-                kind = rest.removeprefix("attn.in_proj_")
-                found[f"{side}.encoder.layers.{block}.self_attn.{letter}_proj.{kind}"] = third
-        elif block is not None and part in BLOCK:
-            found[f"{side}.encoder.layers.{block}.{BLOCK[part]}.{kind}"] = tensor
+        match = IN_A_BLOCK.fullmatch(name)
+        visual, number, joined, part, kind = match.groups() if match else (None,) * 5
+        block = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}."
+        if name in TOWERS:
+            places[TOWERS[name]] = tensor.movedim(0, -1) if name in TURNED else tensor
+        elif joined:
+            thirds = zip("qkv", torch.atleast_1d(tensor).chunk(3))
+            places |= {f"{block}self_attn.{letter}_proj.{joined}": third for letter, third in thirds}
+        elif part in BLOCK:
+            places[f"{block}{BLOCK[part]}.{kind}"] = tensor
         else:
             raise ValueError(f"{where} has {name}, which is in no CLIP of OpenAI's layout; give the file of one.")
-    return found
-
-
-def _block(name: str) -> tuple:
-    """Tower, number of the block, and the name inside it; no number outside the blocks."""
-    for before, side in (("visual.transformer.resblocks.", "vision_model"), ("transformer.resblocks.", "text_model")):
-        if name.startswith(before):
-            block, _, rest = name.removeprefix(before).partition(".")
-            return side, block, rest
-    return None, None, name
+    return places

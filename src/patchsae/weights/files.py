@@ -67,6 +67,20 @@ def save_json(path: Path, content: dict) -> Path:
     return write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n"))
 
 
+def checked_weights(tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], where: str | Path,
+                    device: str = "cpu") -> dict[str, torch.Tensor]:
+    """Tensors in float32 that are floating point, of the shapes that belong to their names, and finite."""
+    checked = {}
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            raise ValueError(f"{where} has {name} as {tensor.dtype} of the shape {list(tensor.shape)} where floating "
+                             f"point of the shape {shapes[name]} belongs; fetch it again.")
+        checked[name] = tensor.to(device, torch.float32)
+        if not checked[name].isfinite().all():
+            raise ValueError(f"{where} has values that are not finite in {name}; fetch it again.")
+    return checked
+
+
 def load_json(path: Path, *keys: str) -> dict:
     """Read a JSON file that has these keys; a missing or damaged one is one sentence."""
     content = parse_json(path)

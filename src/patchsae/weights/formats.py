@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from patchsae.weights.files import (
+    checked_weights,
     file_sha256,
     load_json,
     load_tensors,
@@ -67,13 +68,14 @@ def read_sae(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Ten
     content = load_tensors(file, device) if file.suffix == ".safetensors" else read_foreign(file)
     form, settings = _settings(file, content)
     activation = settings.get("activation", "relu")
-    stored = _checked(state_dict_of(content, file), file, activation, form)
-    k = checked_k(activation, settings.get("k", 0), len(stored["b_enc"]))
+    stored = _named(state_dict_of(content, file), activation, form, file)
+    shapes = _shapes(stored, activation, file)
+    tensors = checked_weights(stored, shapes, file, device)
+    k = checked_k(activation, settings.get("k", 0), len(tensors["b_enc"]))
     verified = _agrees(settings, stored, sae_hash(stored, activation, k), file)
-    tensors = _finite({name: tensor.to(device, torch.float32) for name, tensor in stored.items()}, file)
     if not tensors["W_dec"].any():
         raise ValueError(f"{file} has a W_dec of zeros alone, which reconstructs nothing; fetch or train it again.")
-    tensors = _finite(_converted(tensors, settings), file)
+    tensors = checked_weights(_converted(tensors, settings), shapes, file, device)
     norms = tensors["W_dec"].norm(dim=1)
     return tensors, {
         "format": form, "file": file.name, "sha256": file_sha256(file), "verified": verified,
@@ -232,28 +234,12 @@ def _json(path: Path) -> dict:
 
 # What is in a file
 
-def _checked(stored: dict, file: Path, activation: str, form: str) -> dict[str, torch.Tensor]:
-    """The four tensors and, where the activation has one, the threshold: floating point, of shapes that fit."""
-    thresholds = {}  # name in this format, and whether there is one for each latent
-    if activation == "jumprelu":
-        thresholds = {"log_threshold" if form == OWN_FORMAT else "threshold": True}
-    elif activation in BATCHED:
-        thresholds = {"threshold": False}
-    found = _named(stored, (*NAMES, *thresholds), activation, file)
-    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
-    d_model, n_latents = found["b_dec"].numel(), found["b_enc"].numel()
-    wanted = dict(zip(NAMES, ([d_model, n_latents], [n_latents], [n_latents, d_model], [d_model])))
-    wanted |= {name: [n_latents] if each else [] for name, each in thresholds.items()}
-    if shapes != wanted or 0 in (d_model, n_latents):
-        raise ValueError(f"{file} has tensors of the shapes {shapes}, which do not go together; fetch it again.")
-    if bad := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
-        raise ValueError(f"{file} has {bad[0]} as {found[bad[0]].dtype}, not as floating point; fetch it again.")
-    return found
-
-
-def _named(stored: dict, names: tuple[str, ...], activation: str, file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of these names, whatever stands before all of them; beside them there may be counters alone, since
-    other weights (a gate, thresholds, a scale) make another function of them."""
+def _named(stored: dict, activation: str, form: str, file: Path) -> dict[str, torch.Tensor]:
+    """The four tensors and, where the activation has one, the threshold, whatever stands before all of their names;
+    beside them there may be counters alone, since other weights (a gate, thresholds, a scale) make another function."""
+    names = NAMES
+    if activation in ("jumprelu", *BATCHED):
+        names = *NAMES, "log_threshold" if activation == "jumprelu" and form == OWN_FORMAT else "threshold"
     before = [key.removesuffix("W_enc") for key in stored if key.split(".")[-1] == "W_enc"]
     if len(before) != 1:
         raise ValueError(f"{file} has {len(before)} tensors called W_enc where one is needed; give the file of an "
@@ -268,6 +254,15 @@ def _named(stored: dict, names: tuple[str, ...], activation: str, file: Path) ->
         raise ValueError(f"{file} has {others[0]:.80}, which is not of an autoencoder with {activation}; give the "
                          "folder that says what it is, or choose another autoencoder.")
     return {name: tensors[name] for name in names}
+
+
+def _shapes(tensors: dict[str, torch.Tensor], activation: str, file: Path) -> dict[str, list[int]]:
+    """The shapes that go with the sizes of the two biases, by name; batchtopk has one threshold for all latents."""
+    d_model, n_latents = tensors["b_dec"].numel(), tensors["b_enc"].numel()
+    if 0 in (d_model, n_latents):
+        raise ValueError(f"{file} has no latents or no width; fetch it again.")
+    return {"W_enc": [d_model, n_latents], "b_enc": [n_latents], "W_dec": [n_latents, d_model], "b_dec": [d_model],
+            "log_threshold": [n_latents], "threshold": [] if activation in BATCHED else [n_latents]}
 
 
 def checked_k(activation: str, k: int, n_latents: int) -> int:
@@ -292,12 +287,6 @@ def _agrees(settings: dict, tensors: dict[str, torch.Tensor], own: str, file: Pa
         raise ValueError(f"{file} does not have the hash that stands beside it: it is damaged or another file; "
                          "fetch or train it again.")
     return "hash" in settings
-
-
-def _finite(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{file} has values that are not finite in {bad[0]}; fetch or train it again.")
-    return tensors
 
 
 def _converted(tensors: dict[str, torch.Tensor], settings: dict) -> dict[str, torch.Tensor]:

@@ -33,8 +33,7 @@ def save_sealed(path: Path, content: dict) -> None:
 
 def load_sealed(path: Path) -> dict:
     """Read JSON that ``save_sealed`` wrote, if every byte of it is still the same; with its "seal"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {MISSING}.")
+    _check_size(path)
     data = path.read_bytes()
     _check_seal(path, data)
     return json.loads(data)
@@ -59,11 +58,10 @@ class SealedRows:
 
     def __init__(self, path: Path):
         self.path = path
+        _check_size(path)
         try:
             with safe_open(path, "np") as file:  # this compares the size of the file with what it says
                 shape, notes = file.get_slice("z").get_shape(), (file.metadata() or {}).get("notes", "")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing; {MISSING}.") from None
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, it is no whole safetensors file; {MEND}.") from error
         with open(path, "rb") as file:
@@ -80,30 +78,31 @@ class SealedRows:
 
     def copy(self, i: int, out: np.ndarray) -> None:
         """Copy the bytes of a row; the first copy of each is checked."""
-        self._check_size()
+        _check_size(self.path, len(self.map))
         out[:] = self.rows[i]
         if not self.checked[i]:
             self._check(i, out)
 
     def verify(self) -> None:
         """Check every row."""
-        self._check_size()
+        _check_size(self.path, len(self.map))
         for i, row in enumerate(self.rows):
             self._check(i, row)
-
-    def _check_size(self) -> None:
-        """Touching what is no longer there would end the process."""
-        try:
-            size = self.path.stat().st_size
-        except OSError:
-            raise FileNotFoundError(f"{self.path} is missing; {MISSING}.") from None
-        if size != len(self.map):
-            raise ValueError(f"{self.path} is damaged, it has {size} bytes and not {len(self.map)}; {MEND}.")
 
     def _check(self, i: int, row: np.ndarray) -> None:
         if zlib.crc32(row) != self.checksums[i]:
             raise ValueError(f"{self.path} is damaged, row {i} is not what was written; {MEND}.")
         self.checked[i] = True
+
+
+def _check_size(path: Path, size: int | None = None) -> None:
+    """Refuse a file that is gone or has another size: touching what is no longer there would end the process."""
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise FileNotFoundError(f"{path} is missing; {MISSING}.") from None
+    if size is not None and found != size:
+        raise ValueError(f"{path} is damaged, it has {found} bytes and not {size}; {MEND}.")
 
 
 def _unsealed(content: dict) -> str:

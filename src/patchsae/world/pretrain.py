@@ -1,14 +1,13 @@
 """Train the mini CLIP from scratch on captioned pictogram scenes: ``make mini-clip``.
 
-Two stages. In the warm-up linear heads on the vision tower name what an image and each of its patches show;
-photos of one object come first, then everything. Then the heads are dropped and three contrasts share one text
-tower and one temperature:
+In the warm-up linear heads on the vision tower name what an image and each of its patches show; photos of one object
+come first, then everything. Then the heads are dropped and three contrasts share one text tower and one temperature:
 
-* image against caption, as CLIP; captions name each attribute with probability 0.35 only, so that the noun
-  has to matter, and equal captions count as positives of each other;
+* image against caption, as CLIP; captions name each attribute with probability 0.35 only, so that the noun has to
+  matter, and equal captions count as positives of each other;
 * class token against short phrases ("a photo of a cat", "a red object", "on grass", ...);
-* patch token against the phrases of what its patch shows (a grounded-caption loss), at the last block and at
-  the cut. Without it patch tokens hold little of the object they belong to.
+* patch token against the phrases of what its patch shows, at the last block and at the cut. Without it patch tokens
+  hold little of the object they belong to.
 
 The sparse autoencoder sees none of these labels, but the model it is trained on did: ``data/README.md`` says so.
 """
@@ -26,12 +25,12 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 
 from patchsae.clip import contrastive_loss, load_clip
 from patchsae.data.datasets import TEMPLATES
-from patchsae.world.probes import probe_table, zero_shot_table
-from patchsae.world.scenes import CONCEPTS, KINDS, NAMES, PATCH, SIZE, WORLD, caption, class_names, draw_scene
+from patchsae.world.probes import image_labels, patch_labels, probe_table, zero_shot_table
+from patchsae.world.scenes import CLASS_NAMES, CONCEPTS, KINDS, NAMES, PATCH, SIZE, WORLD, caption, draw_scene
 
 SEED, POOL, BATCH, LEARNING_RATE = 2, 49_152, 128, 1.5e-3
 WARM_UP_STEPS, EASY_SHARE, STEPS = 2_000, 0.6, 3_000
-KEEP, COVERED, CUT = 0.35, 0.25, -2
+KEEP, CUT = 0.35, -2
 #: Nouns are the hard kind; the others are learned in a few hundred steps and need little weight.
 WEIGHTS = {"noun": 1.0, "colour": 0.25, "texture": 0.25, "background": 0.25, "style": 0.25, "text": 0.25}
 #: How the phrases of each kind are worded; nouns take a random template of the 80-template ensemble as well.
@@ -43,11 +42,10 @@ SEEN = CONCEPTS | {"texture": tuple(NAMES["textures"]), "background": tuple(NAME
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over every word of the captions, the class names and the prompt templates."""
-    texts = [name for task in WORLD["tasks"] for name in class_names(task)]
+    texts = [name for names in (*CLASS_NAMES.values(), *CONCEPTS.values()) for name in names]
     texts += [task["template"] for task in WORLD["tasks"].values()] + list(PHRASES.values())
     texts += TEMPLATES["imagenet_ensemble_80"] + TEMPLATES["imagenet_ensemble_7"]
     texts += list(TEMPLATES["dataset_templates"].values())
-    texts += [name for names in CONCEPTS.values() for name in names]
     texts += [*WORLD["nouns"], "a photo of a scene and one object x with the word satellite sketch drawing"]
     split = pre_tokenizers.Whitespace()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.replace("{}", " ").lower())})
@@ -81,44 +79,20 @@ def build_processor() -> CLIPImageProcessor:
 
 
 def draw_pool(n: int) -> tuple[np.ndarray, list, np.ndarray, np.ndarray]:
-    """Scenes for training: images ``[n,64,64,3]``, plans, patch labels ``[n,64,6]``, image labels ``[n,6]``.
-
-    A patch has, for each kind, the concept that covers most of it, if that is a quarter of it or more; an
-    image has the attributes of its largest object. -1 stands for none.
-    """
-    images = np.empty((n, SIZE, SIZE, 3), np.uint8)
-    patches, wholes, plans = np.full((n, (SIZE // PATCH) ** 2, len(KINDS)), -1, np.int64), [], []
+    """Scenes for training: images ``[n,64,64,3]``, plans, ``patch_labels [n,64,6]``, ``image_labels [n,6]``."""
+    images, plans, patches = [], [], []
     for i in trange(n, desc="drawing scenes", mininterval=5):
         scene = draw_scene("pretraining", SEED, i)
-        images[i] = scene.image
-        for k, kind in enumerate(KINDS):
-            cover = scene.coverage(kind).reshape(len(patches[i]), -1)
-            patches[i, :, k] = np.where(cover.max(1) >= COVERED, cover.argmax(1), -1)
+        images.append(scene.image)
         plans.append(scene.plan)
-        wholes.append(whole_labels(scene.plan))
-    return images, plans, patches, np.array(wholes)
-
-
-def whole_labels(plan) -> list[int]:
-    """Index of each kind's concept in the image as a whole, -1 where it has none."""
-    photo, thing = plan.style == "photo", plan.things[0]
-    names = {"noun": thing.noun, "style": plan.style, "text": plan.word}
-    if photo:
-        names |= {"colour": thing.colour, "texture": thing.texture, "background": plan.background}
-    return [CONCEPTS[kind].index(names[kind]) if names.get(kind) else -1 for kind in KINDS]
+        patches.append(patch_labels(scene))
+    return np.stack(images), plans, np.stack(patches), np.array([image_labels(plan) for plan in plans])
 
 
 def normalise(images: np.ndarray, processor: CLIPImageProcessor) -> torch.Tensor:
     """uint8 ``[N,64,64,3]`` to the model's float ``[N,3,64,64]``."""
     mean, std = np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32)
     return torch.from_numpy((images.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def embed_text(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """Unit-length text embeddings ``[N, P]``."""
-    tokens = tokenizer(texts, padding=True, return_tensors="pt")
-    out = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-    return F.normalize(out.pooler_output.float(), dim=-1)
 
 
 def embed_tokens(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -157,7 +131,9 @@ def warm_up_loss(model, heads, pixels, patch_labels, image_labels) -> torch.Tens
 def contrast_losses(model, tokenizer, pixels, captions, phrases, patch_labels, image_labels) -> tuple:
     """The three contrasts of one batch: image-caption, image-phrase, patch-phrase."""
     scale = model.logit_scale.exp().clamp(max=100)
-    text = embed_text(model, tokenizer, captions + phrases)
+    tokens = tokenizer(captions + phrases, padding=True, return_tensors="pt")
+    text = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    text = F.normalize(text.pooler_output.float(), dim=-1)
     states = model.vision_model(pixels, output_hidden_states=True).hidden_states
     last, cut = embed_tokens(model, states[-1]), embed_tokens(model, states[CUT])
     spoken, phrases = text[:len(captions)], scale * text[len(captions):].T

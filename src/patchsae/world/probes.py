@@ -12,7 +12,7 @@ from patchsae.clip import Clip, class_prototypes
 from patchsae.data.datasets import Subset
 from patchsae.masks import COVERED
 from patchsae.world.dataset import SceneDataset
-from patchsae.world.scenes import CONCEPTS, NAMES, TASKS, WORLD
+from patchsae.world.scenes import CONCEPTS, KINDS, NAMES, TASKS, WORLD, Plan, Scene
 
 PROBED = ("noun", "colour", "texture", "background")
 
@@ -23,43 +23,37 @@ def image_embeddings(clip: Clip, ds, batch_images: int = 64, layer: int = -2) ->
     return torch.cat([clip.above(batch.z, layer) for batch in token_batches(clip, ds, layer, batch_images)])
 
 
-def zero_shot(clip: Clip, ds: SceneDataset, rows, names, labels, template: str) -> float:
+def zero_shot_table(clip: Clip, n: int = 2048) -> pd.DataFrame:
+    """Zero-shot accuracy on every task, and on scenes with one object, with the chance level of each."""
+    trials = []  # title, data set, positions in it, names to choose from, their labels, template
+    for task in TASKS:
+        ds = SceneDataset(task, "test", n)
+        asked = ds.class_names, ds.labels, WORLD["tasks"][task]["template"]
+        trials.append((task, ds, range(n), *asked))
+        if task in ("nouns", "sketches"):
+            style, plural = {"nouns": ("photo", "photos"), "sketches": ("sketch", "sketches")}[task]
+            trials.append((f"{task}, one object, {plural}", ds, _of_one_object(ds, style), *asked))
+    ds = SceneDataset("nouns", "test", n)
+    rows, labels = _of_one_object(ds, "photo"), np.array([image_labels(ds.scene(i).plan, PROBED) for i in range(n)])
+    for kind, names, template in (("colour", CONCEPTS["colour"], "a {} object."),
+                                  ("background", NAMES["backgrounds"], "on {}.")):
+        asked = names, labels[:, PROBED.index(kind)], template
+        trials.append((f"{kind} words, one object, photos", ds, rows, *asked))
+    table = [(what, len(names), len(rows), _zero_shot(clip, ds, rows, names, labels[rows], template), 1 / len(names))
+             for what, ds, rows, names, labels, template in trials]
+    return pd.DataFrame(table, columns=["what", "classes", "images", "accuracy", "chance"]).round(4)
+
+
+def _of_one_object(ds: SceneDataset, style: str) -> list[int]:
+    plans = (ds.scene(i).plan for i in range(len(ds)))
+    return [i for i, plan in enumerate(plans) if len(plan.things) == 1 and plan.style == style]
+
+
+def _zero_shot(clip: Clip, ds: SceneDataset, rows, names, labels: np.ndarray, template: str) -> float:
     """Share of images whose nearest class prompt is the right one; ``labels [len(rows)]`` index ``names``."""
     chosen = Subset(ds, range(len(ds.class_names)), rows)
     logits = clip.logits(image_embeddings(clip, chosen), class_prototypes(clip, names, [template]))
-    return float((logits.argmax(1).cpu().numpy() == np.asarray(labels)).mean())
-
-
-def zero_shot_table(clip: Clip, n: int = 2048) -> pd.DataFrame:
-    """Zero-shot accuracy on every task, and on scenes with one object, with the chance level of each."""
-    rows = []
-    for task in TASKS:
-        ds = SceneDataset(task, "test", n)
-        every = np.arange(n)
-        chosen = {task: every}
-        if task in ("nouns", "sketches"):
-            style, named = {"nouns": ("photo", "photos"), "sketches": ("sketch", "sketches")}[task]
-            plans = [ds.scene(i).plan for i in every]
-            chosen[f"{task}, one object, {named}"] = np.array(
-                [i for i in every if len(plans[i].things) == 1 and plans[i].style == style])
-        for name, part in chosen.items():
-            labels = [ds.scene(i).label for i in part]
-            accuracy = zero_shot(clip, ds, part, ds.class_names, labels, WORLD["tasks"][task]["template"])
-            rows.append((name, len(ds.class_names), len(part), accuracy, 1 / len(ds.class_names)))
-    rows += [_retrieval(clip, kind, n) for kind in ("colour", "background")]
-    return pd.DataFrame(rows, columns=["what", "classes", "images", "accuracy", "chance"]).round(4)
-
-
-def _retrieval(clip: Clip, kind: str, n: int) -> tuple:
-    """Which colour or background word fits a photo of one object best."""
-    ds = SceneDataset("nouns", "test", n)
-    plans = [ds.scene(i).plan for i in range(n)]
-    rows = [i for i, p in enumerate(plans) if len(p.things) == 1 and p.style == "photo"]
-    names = NAMES["backgrounds"] if kind == "background" else CONCEPTS[kind]
-    found = [plans[i].background if kind == "background" else plans[i].things[0].colour for i in rows]
-    wording = {"colour": "a {} object.", "background": "on {}."}[kind]
-    accuracy = zero_shot(clip, ds, rows, names, [names.index(name) for name in found], wording)
-    return f"{kind} words, one object, photos", len(names), len(rows), accuracy, 1 / len(names)
+    return float((logits.argmax(1).cpu().numpy() == labels).mean())
 
 
 def probe_table(clip: Clip, n_train: int = 2048, n_test: int = 1024) -> pd.DataFrame:
@@ -70,38 +64,37 @@ def probe_table(clip: Clip, n_train: int = 2048, n_test: int = 1024) -> pd.DataF
     """
     rows = []
     splits = {"train": SceneDataset("nouns", "train", n_train), "test": SceneDataset("nouns", "test", n_test)}
-    patch = {name: _patch_labels(ds) for name, ds in splits.items()}
-    whole = {name: _image_labels(ds) for name, ds in splits.items()}
+    scenes = {name: [ds.scene(i) for i in range(len(ds))] for name, ds in splits.items()}
+    labels = {"patch": {name: np.array([patch_labels(s, PROBED) for s in own]) for name, own in scenes.items()},
+              "class": {name: np.array([image_labels(s.plan, PROBED) for s in own]) for name, own in scenes.items()}}
     for layer in range(len(clip.blocks)):
         z = {name: torch.cat([batch.z for batch in token_batches(clip, ds, layer)]) for name, ds in splits.items()}
+        tokens = {"patch": {name: z[name][:, 1:].flatten(0, 1) for name in z},
+                  "class": {name: z[name][:, 0] for name in z}}
         for k, kind in enumerate(PROBED):
-            for tokens, labels in (("patch", patch), ("class", whole)):
-                x = {name: z[name][:, 1:].flatten(0, 1) if tokens == "patch" else z[name][:, 0] for name in z}
-                result = _probe(x["train"], labels["train"][..., k].ravel(), x["test"], labels["test"][..., k].ravel())
-                rows.append((layer, kind, tokens, *result))
+            for which, x in tokens.items():
+                y = {name: torch.from_numpy(labels[which][name][..., k].ravel()) for name in z}
+                rows.append((layer, kind, which, *_probe(x["train"], y["train"], x["test"], y["test"])))
     return pd.DataFrame(rows, columns=["layer", "concept", "tokens", "accuracy", "chance", "n_test"]).round(4)
 
 
-def _patch_labels(ds: SceneDataset) -> np.ndarray:
-    """int ``[images, patches, kinds]``; -1 where no concept of the kind covers a quarter of the patch."""
-    cover = [[ds.scene(i).coverage(kind).reshape(-1, len(CONCEPTS[kind])) for kind in PROBED] for i in range(len(ds))]
-    return np.array([np.stack([np.where(c.max(1) >= COVERED, c.argmax(1), -1) for c in kinds], 1) for kinds in cover])
+def patch_labels(scene: Scene, kinds=KINDS) -> np.ndarray:
+    """Of each kind the concept that covers most of a patch, or -1 under a quarter of it: int ``[patches, kinds]``."""
+    covers = [scene.coverage(kind).reshape(-1, len(CONCEPTS[kind])) for kind in kinds]
+    return np.stack([np.where(cover.max(1) >= COVERED, cover.argmax(1), -1) for cover in covers], 1)
 
 
-def _image_labels(ds: SceneDataset) -> np.ndarray:
-    """int ``[images, kinds]``: what the largest object is like; -1 for the colours and textures of sketches."""
-    rows = []
-    for plan in (ds.scene(i).plan for i in range(len(ds))):
-        thing = plan.things[0]
-        photo = (thing.colour, thing.texture, plan.background) if plan.style == "photo" else ("", "", "")
-        names = dict(zip(PROBED, (thing.noun, *photo)))
-        rows.append([CONCEPTS[kind].index(name) if name else -1 for kind, name in names.items()])
-    return np.array(rows)
+def image_labels(plan: Plan, kinds=KINDS) -> list[int]:
+    """Index of each kind's concept in the image as a whole, of things in the largest one; -1 where it has none."""
+    thing = plan.things[0]
+    names = {"noun": thing.noun, "style": plan.style, "text": plan.word}
+    if plan.style == "photo":
+        names |= {"colour": thing.colour, "texture": thing.texture, "background": plan.background}
+    return [CONCEPTS[kind].index(names[kind]) if names.get(kind) else -1 for kind in kinds]
 
 
 def _probe(x, y, x_test, y_test) -> tuple[float, float, int]:
     """Multinomial logistic regression: accuracy, share of the commonest class, number of test tokens."""
-    y, y_test = torch.from_numpy(y), torch.from_numpy(y_test)
     x, y, x_test, y_test = x[y >= 0], y[y >= 0], x_test[y_test >= 0], y_test[y_test >= 0]
     accuracy = (fit_readout(x, y, 1e-4)(x_test).argmax(1) == y_test).float().mean().item()
     return accuracy, y_test.bincount().max().item() / len(y_test), len(y_test)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from patchsae.data.images import patch_shares
 
 WORLD = tomllib.loads(Path(__file__).with_name("scenes.toml").read_text())
 SIZE, PATCH, NAMES = WORLD["size"], WORLD["patch"], WORLD["names"]
@@ -21,10 +24,17 @@ GROUPS = {noun: group for group, nouns in WORLD["nouns"].items() for noun in nou
 TEXTURES = (*NAMES["textures"], *NAMES["more_textures"])
 BACKGROUNDS = (*NAMES["backgrounds"], *NAMES["more_backgrounds"])
 TASKS = tuple(task for task in WORLD["tasks"] if task != "pretraining")
+#: Tasks whose classes are nouns, with the share of sketches in them; their scenes may have two objects.
+NOUN_TASKS = {"nouns": 0.125, "sketches": 1.0, "pretraining": 0.25}
 #: The kinds of concept, in the order of the planes of ``Scene.maps``, and the concepts of each kind.
 CONCEPTS = {"noun": NOUNS, "colour": COLOURS, "texture": TEXTURES, "background": BACKGROUNDS,
             "style": tuple(NAMES["styles"]), "text": tuple(NAMES["words"])}
 KINDS = tuple(CONCEPTS)
+#: Class names of the tasks, in the order of their labels.
+CLASS_NAMES = dict.fromkeys(NOUN_TASKS, NOUNS) | {
+    "textures": TEXTURES, "backgrounds": BACKGROUNDS, "colours": COLOURS, "words": CONCEPTS["text"],
+    "counting": tuple(NAMES["counts"]), "aerial": tuple(NAMES["aerial"]),
+    "pairs": tuple(f"{colour} {noun}" for noun in NAMES["pair_nouns"] for colour in NAMES["pair_colours"])}
 NONE = -1
 #: Raised whenever a drawn byte changes: what was computed of the scenes before is then of others.
 VERSION = 1
@@ -69,32 +79,20 @@ class Scene:
     maps: np.ndarray
     plan: Plan = field(repr=False)
 
-    @property
-    def caption(self) -> str:
-        """The full caption, every attribute named."""
-        return caption(self.plan)
-
     def mask(self, kind: str, name: str) -> np.ndarray:
         """Where the concept is: bool ``[64, 64]``."""
         return self.maps[KINDS.index(kind)] == CONCEPTS[kind].index(name)
 
     def coverage(self, kind: str) -> np.ndarray:
         """Share of each patch that each concept of a kind covers: float32 ``[8, 8, concepts]``."""
-        side, n = SIZE // PATCH, len(CONCEPTS[kind]) + 1
-        patch = (_Y // PATCH * side + _X // PATCH).ravel()
-        plane = self.maps[KINDS.index(kind)].ravel().astype(np.int64)
-        counts = np.bincount(patch * n + plane + 1, minlength=side * side * n)
-        return (counts.reshape(side, side, n)[..., 1:] / PATCH**2).astype(np.float32)
+        return patch_shares(self.maps[KINDS.index(kind)], len(CONCEPTS[kind]), SIZE // PATCH)
 
 
 def class_names(task: str) -> tuple[str, ...]:
     """Class names of a task, in label order."""
-    fixed = {"textures": TEXTURES, "backgrounds": BACKGROUNDS, "colours": COLOURS, "words": CONCEPTS["text"],
-             "counting": tuple(NAMES["counts"]), "aerial": tuple(NAMES["aerial"])}
-    pairs = tuple(f"{colour} {noun}" for noun in NAMES["pair_nouns"] for colour in NAMES["pair_colours"])
-    if task not in WORLD["tasks"]:
+    if task not in CLASS_NAMES:
         raise ValueError(f"There is no task {task!r} in the pictogram world; choose one of {', '.join(TASKS)}.")
-    return pairs if task == "pairs" else fixed.get(task, NOUNS)
+    return CLASS_NAMES[task]
 
 
 def draw_scene(task: str, seed: int, index: int) -> Scene:
@@ -110,19 +108,21 @@ def plan_scene(task: str, label: int, rng: np.random.Generator) -> Plan:
     if task == "aerial":
         return Plan(aerial=name, label=label)
     if task == "counting":
-        return replace(_backdrop(rng), things=_crowd(rng, label + 1), label=label)
-    sketch_share = {"sketches": 1.0, "nouns": 0.125, "pretraining": 0.25}.get(task, 0.0)
-    plan = _backdrop(rng, style="sketch" if rng.random() < sketch_share else "photo")
-    first, chosen = _random_thing(rng), {}
-    if task in ("nouns", "sketches", "pretraining"):
-        chosen = {"noun": name}
+        plan, cells, noun = _backdrop(rng), rng.permutation(16)[:label + 1], _pick(rng, NOUNS)
+        places = [{"left": 16 * int(cell % 4), "top": 16 * int(cell // 4)} for cell in cells]
+        crowd = tuple(replace(_random_thing(rng), noun=noun, side=16, **place) for place in places)
+        return replace(plan, things=crowd, label=label)
+    plan = _backdrop(rng, style="sketch" if rng.random() < NOUN_TASKS.get(task, 0.0) else "photo")
+    first = _random_thing(rng)
+    if task in NOUN_TASKS:
+        first = replace(first, noun=name)
     elif task == "pairs":
-        chosen = dict(zip(("colour", "noun"), name.split()))
+        first = replace(first, **dict(zip(("colour", "noun"), name.split())))
     elif task in ("textures", "colours"):
-        chosen = {task[:-1]: name}
-    things = _placed(rng, replace(first, **chosen), two=task in ("nouns", "sketches", "pretraining"))
-    if task == "backgrounds":
+        first = replace(first, **{task[:-1]: name})
+    elif task == "backgrounds":
         plan = replace(plan, background=name)
+    things = _placed(rng, first, two=task in NOUN_TASKS)
     if task == "words" or rng.random() < WORLD["text_share"] and task != "textures":
         plan = replace(plan, word=name if task == "words" else _pick(rng, NAMES["words"]),
                        word_at=(_lattice(rng, 32), _pick(rng, (0, 4, 48, 52))))
@@ -162,30 +162,20 @@ def _placed(rng, first: Thing, two: bool) -> tuple[Thing, ...]:
             replace(_random_thing(rng), side=small, left=lefts[1], top=tops[1]))
 
 
-def _crowd(rng, count: int) -> tuple[Thing, ...]:
-    """``count`` small objects of one noun on different cells of a 4 x 4 grid."""
-    cells, noun = rng.permutation(16)[:count], _pick(rng, NOUNS)
-    return tuple(replace(_random_thing(rng), noun=noun, side=16, left=16 * int(cell % 4), top=16 * int(cell // 4))
-                 for cell in cells)
-
-
 def caption(plan: Plan, rng: np.random.Generator | None = None, keep: float = 1.0) -> str:
     """Describe a plan. With ``rng`` each attribute is named with probability ``keep`` only."""
-    def named(text):
-        return [text] if text and (rng is None or rng.random() < keep) else []
+    def named(*texts):
+        return [text for text in texts if text and (rng is None or rng.random() < keep)]
 
     if plan.aerial:
         return f"a satellite photo of {plan.aerial}."
-    phrases = []
+    phrases, photo = [], plan.style == "photo"
     for thing in plan.things:
-        photo = plan.style == "photo"
-        adjectives = named(thing.colour if photo else "") + named(thing.texture if photo else "")
-        noun = named(thing.noun)
+        adjectives, noun = named(*([thing.colour, thing.texture] if photo else [])), named(thing.noun)
         if noun or adjectives:
             phrases.append(" ".join(["a", *adjectives, *(noun or ["object"])]))
-    place = named(f"on {plan.background}" if plan.style == "photo" else "")
-    word = named(f"with the word {plan.word}" if plan.word else "")
-    return " ".join([f"a {plan.style} of", " and ".join(phrases) or "a scene", *place, *word]) + "."
+    around = named(f"on {plan.background}" if photo else "", f"with the word {plan.word}" if plan.word else "")
+    return " ".join([f"a {plan.style} of", " and ".join(phrases) or "a scene", *around]) + "."
 
 
 # Drawing ------------------------------------------------------------------------------------------------
@@ -239,13 +229,6 @@ def _sign(word: str) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _outline(shape: np.ndarray) -> np.ndarray:
-    """Pixels of a shape with a four-neighbour outside it."""
-    padded = np.pad(shape, 1)
-    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return shape & ~inside
-
-
 def _noise(rng, grain: int) -> np.ndarray:
     return rng.integers(-grain, grain + 1, (SIZE, SIZE, 1), dtype=np.int16)
 
@@ -254,21 +237,18 @@ def render(plan: Plan, rng: np.random.Generator) -> Scene:
     """Draw a plan; the generator gives the grain and the shade."""
     maps = np.full((len(KINDS), SIZE, SIZE), NONE, np.int8)
     if plan.aerial:
-        return Scene(_finish(_aerial(plan.aerial, rng)), plan.label, maps, plan)
-    photo = plan.style == "photo"
-    canvas = _ground(plan.background if photo else "", rng)
-    maps[KINDS.index("style")] = CONCEPTS["style"].index(plan.style)
-    if photo:
-        maps[KINDS.index("background")] = BACKGROUNDS.index(plan.background)
-    for thing in plan.things:
-        _draw_thing(canvas, maps, thing, photo, rng)
-    if plan.word:
-        _draw_word(canvas, maps, plan)
-    return Scene(_finish(canvas), plan.label, maps, plan)
-
-
-def _finish(canvas: np.ndarray) -> np.ndarray:
-    return canvas.clip(0, 255).astype(np.uint8)
+        canvas = _aerial(plan.aerial, rng)
+    else:
+        photo = plan.style == "photo"
+        canvas, plane = _ground(plan.background if photo else "", rng), dict(zip(KINDS, maps))
+        plane["style"][:] = CONCEPTS["style"].index(plan.style)
+        if photo:
+            plane["background"][:] = BACKGROUNDS.index(plan.background)
+        for thing in plan.things:
+            _draw_thing(canvas, plane, thing, photo, rng)
+        if plan.word:
+            _draw_word(canvas, plane, plan)
+    return Scene(canvas.clip(0, 255).astype(np.uint8), plan.label, maps, plan)
 
 
 def _ground(background: str, rng) -> np.ndarray:
@@ -282,7 +262,7 @@ def _ground(background: str, rng) -> np.ndarray:
     return canvas + _noise(rng, grain)
 
 
-def _draw_thing(canvas, maps, thing: Thing, photo: bool, rng) -> None:
+def _draw_thing(canvas, plane: dict, thing: Thing, photo: bool, rng) -> None:
     """Paint one object and its masks. Sketches have an outline and no colour, texture or background."""
     region = slice(thing.top, thing.top + thing.side), slice(thing.left, thing.left + thing.side)
     shape = _glyph(thing.noun, thing.side)
@@ -292,30 +272,26 @@ def _draw_thing(canvas, maps, thing: Thing, photo: bool, rng) -> None:
         dark = _PATTERNS[thing.texture][region][shape]
         canvas[region][shape] = np.where(dark[:, None], colour * 9 // 20, colour)
     else:
-        canvas[region][_outline(shape)] = 60 + shade[0]
-    planes = {"noun": thing.noun} | ({"colour": thing.colour, "texture": thing.texture} if photo else {})
-    for kind, name in planes.items():
-        maps[KINDS.index(kind)][region][shape] = CONCEPTS[kind].index(name)
-    maps[KINDS.index("background")][region][shape] = NONE
+        canvas[region][shape & ~ndimage.binary_erosion(shape)] = 60 + shade[0]
+    for kind in ("noun", "colour", "texture") if photo else ("noun",):
+        plane[kind][region][shape] = CONCEPTS[kind].index(getattr(thing, kind))
+    plane["background"][region][shape] = NONE
 
 
-def _draw_word(canvas, maps, plan: Plan) -> None:
+def _draw_word(canvas, plane: dict, plan: Plan) -> None:
     """Put the sign on top of everything; what it covers is no longer there."""
     sign = _sign(plan.word)
     left, top = min(plan.word_at[0], SIZE - sign.shape[1]), min(plan.word_at[1], SIZE - len(sign))
     region = slice(top, top + len(sign)), slice(left, left + sign.shape[1])
     canvas[region] = sign[..., None]
     for kind in ("noun", "colour", "texture", "background"):
-        maps[KINDS.index(kind)][region] = NONE
-    maps[KINDS.index("text")][region] = CONCEPTS["text"].index(plan.word)
+        plane[kind][region] = NONE
+    plane["text"][region] = CONCEPTS["text"].index(plan.word)
 
 
 def _aerial(name: str, rng) -> np.ndarray:
     """One tile of the far domain, seen from above: int16 ``[64, 64, 3]``."""
-    if rng.random() < 0.5:
-        x, y = _X, _Y
-    else:
-        x, y = _Y, _X
+    x, y = (_X, _Y) if rng.random() < 0.5 else (_Y, _X)
     a, b, c = (int(v) for v in rng.integers(0, 16, 3))
     winding = abs((y + 4 * a) % 32 - 16)
     land, water = (112, 138, 84), (38, 70, 96)
