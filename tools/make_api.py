@@ -1,8 +1,10 @@
 """Write docs/api.md: the public names, then the rooms of the top level in reading order, from their own docstrings."""
 
+import dataclasses
 import importlib
 import inspect
 import sys
+import typing
 from pathlib import Path
 
 import patchsae
@@ -19,13 +21,21 @@ def public(room) -> list[tuple[str, object]]:
     return sorted(kept, key=lambda pair: inspect.getsourcelines(inspect.unwrap(pair[1]))[1])
 
 
+def signature(value) -> str:
+    """Parameters and their types; of settings without their ranges, which their docstrings say."""
+    try:
+        found = inspect.signature(value)
+    except (TypeError, ValueError):
+        return ""
+    if dataclasses.is_dataclass(value):
+        types = typing.get_type_hints(value)
+        found = found.replace(parameters=[p.replace(annotation=types[p.name]) for p in found.parameters.values()])
+    return str(found).replace("patchsae.", "")
+
+
 def entry(name: str, value, level: str = "###") -> str:
     """Signature and docstring of one thing; of a class its public methods too."""
-    try:
-        signature = str(inspect.signature(value)).replace("patchsae.", "")
-    except (TypeError, ValueError):
-        signature = ""
-    text = f"{level} `{name}{signature}`\n\n```text\n{inspect.getdoc(value) or ''}\n```\n"
+    text = f"{level} `{name}{signature(value)}`\n\n```text\n{inspect.getdoc(value) or ''}\n```\n"
     if inspect.isclass(value):
         methods = [(n, m) for n, m in vars(value).items() if n[0] != "_" and inspect.isfunction(m) and m.__doc__]
         text += "".join(f"\n- `.{n}{str(inspect.signature(m)).replace('patchsae.', '')}`: "
