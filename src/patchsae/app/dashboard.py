@@ -1,13 +1,16 @@
 """The dashboard: a page per latent and an index, which open from the file system with no server and no network.
 
-``python -m patchsae.app.dashboard`` writes ``figures/<profile>/dashboard/``.
+``patchsae dashboard`` writes ``figures/<profile>/dashboard/``.
 """
 
 import base64
+import contextlib
+import errno
 import json
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +20,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from tqdm.auto import tqdm
 
-from patchsae.activations import load_pixels
 from patchsae.app import pages
-from patchsae.app.explorer import Explorer, as_seen, open_explorer
+from patchsae.app.explorer import Explorer, open_explorer, seen
 from patchsae.app.pictures import scatter_picture
 from patchsae.app.state import CELLS
-from patchsae.config import start
 
 #: Pages are written for all latents up to this many; of more, for those of lowest label entropy.
 MOST = 4096
 #: Reference images are shown at most this large, in pixels; a latent has this many neighbours and bins a histogram.
 SIDE, NEIGHBOURS, BINS = 96, 8, 40
+#: Seconds after which an unfinished folder is nobody's any more: a day.
+STALE = 86400
 HERE = Path(__file__).parent
 
 
@@ -37,11 +40,12 @@ def chosen_latents(explorer: Explorer, ranges: str = "") -> list[int]:
     if not ranges:
         entropy = explorer.stats.label_entropy.nan_to_num(torch.inf)
         return sorted(entropy.sort(stable=True).indices[:MOST].tolist())
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", ranges.replace(" ", "")):
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", ranges.replace(" ", "")):
         raise ValueError(f"LATENTS is {ranges!r}; write numbers and ranges such as 0-99,512.")
-    ends = [part.split("-") for part in ranges.replace(" ", "").split(",")]
-    latents = sorted({latent for end in ends for latent in range(int(end[0]), int(end[-1]) + 1)})
-    if not latents or latents[-1] >= n:
+    ends = [[int(end) for end in part.split("-")] for part in ranges.replace(" ", "").split(",")]
+    spans = [range(end[0], end[-1] + 1) for end in ends if max(map(max, ends)) < n]
+    latents = sorted(set().union(*spans))
+    if not latents:
         raise ValueError(f"LATENTS is {ranges!r}, but the autoencoder has latents 0 to {n - 1}; choose among them.")
     return latents
 
@@ -60,10 +64,11 @@ def reference_pass(explorer: Explorer, latents: Sequence[int], batch_images: int
     first = np.searchsorted(rows.ravel()[order], where)
     last = np.searchsorted(rows.ravel()[order], where, side="right")
     for at in tqdm(range(0, len(where), batch_images), desc=f"{len(where)} reference images", mininterval=1):
-        batch = load_pixels(clip, explorer.references, where[at:at + batch_images])
-        z, shown = clip.below(batch.pixels, explorer.layer)[:, 1:clip.n_tokens], as_seen(clip, batch.pixels)
-        for i, row in enumerate(batch.rows):
-            small[int(row)] = _small(shown[i])
+        batch = where[at:at + batch_images].tolist()
+        shown, pixels = seen(clip, [explorer.references[row].image for row in batch])
+        z = clip.below(pixels, explorer.layer)[:, 1:clip.n_tokens]
+        for i, row in enumerate(batch):
+            small[row] = _small(shown[i])
             mine = np.unravel_index(order[first[at + i]:last[at + i]], rows.shape)
             of = [latents[n] for n in mine[0]]
             heat = sae.encode_some(z[i], of)
@@ -86,11 +91,25 @@ def _shares(heat: torch.Tensor) -> np.ndarray:
 
 
 def write_dashboard(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
-    """Write the pages beside ``folder`` and put them in its place when all are there."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Write the pages into a folder of their own beside ``folder``, and put it in its place when all are there."""
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left)
+    try:
+        _write_pages(explorer, part, title, latents)
+        _put_in_place(part, folder)
+    except OSError as error:
+        raise OSError(f"Cannot write {folder}: {error.strerror or error}; free space there or choose a folder that can "
+                      "be written to.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_pages(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
     for name in ("latents", "strips"):
-        (part / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     small, masks = reference_pass(explorer, latents)
     template = _environment().get_template("dashboard_latent.html")
     histograms, near = _histograms(explorer), neighbours(explorer, latents)
@@ -98,13 +117,26 @@ def write_dashboard(explorer: Explorer, folder: Path, title: str, latents: Seque
         page = _latent(explorer, latent, latents, n) | {
             "title": title, "neighbours": near[n], "mask": base64.b64encode(masks[n].tobytes()).decode(),
             "histograms": [_marked(*histogram, latent) for histogram in histograms]}
-        (part / "latents" / f"{latent}.html").write_text(template.render(page), encoding="utf-8")
+        (folder / "latents" / f"{latent}.html").write_text(template.render(page), encoding="utf-8")
         if rows := [row for row in explorer.stats.reference_rows[latent].tolist() if row >= 0]:
             strip = np.concatenate([small[row] for row in rows], axis=1)
-            (part / "strips" / f"{latent}.jpg").write_bytes(pages.jpeg(strip, 80))
-    _write_index(explorer, part, title, latents)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+            (folder / "strips" / f"{latent}.jpg").write_bytes(pages.jpeg(strip, 80))
+    _write_index(explorer, folder, title, latents)
+
+
+def _put_in_place(part: Path, folder: Path) -> None:
+    """Rename a folder; what was in its place goes, also what another process has put there meanwhile."""
+    while True:
+        old = part.with_name(f"{part.name}.old")
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            part.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _environment() -> Environment:
@@ -114,16 +146,14 @@ def _environment() -> Environment:
 
 def _latent(explorer: Explorer, latent: int, latents: Sequence[int], n: int) -> dict:
     """What the page of a latent says."""
-    found, names = int(explorer.found[latent]), explorer.references.class_names
+    found, names = int(explorer.n_references[latent]), explorer.references.class_names
     labels = explorer.stats.reference_labels[latent, :found].tolist()
     values = explorer.stats.reference_values[latent, :found].tolist()
-    histogram, classes = explorer.label_histogram(latent), explorer.top_classes(latent, 8)
     return {"latent": latent, "name": explorer.names[latent], "found": found, "grid": explorer.clip.grid,
             "before": latents[n - 1], "after": latents[(n + 1) % len(latents)],
             "references": [(names[label], value) for label, value in zip(labels, values)],
-            "facts": pages.facts(explorer.stats, latent),
-            "labels": [(name, count / found, f"{count} of {found}") for name, count in histogram.items()],
-            "classes": [(name, share / classes.iloc[0], f"{share:.1%}") for name, share in classes.items()]}
+            "facts": pages.facts(explorer.stats, latent), "labels": explorer.label_bars(latent),
+            "classes": explorer.class_bars(latent, 8)}
 
 
 @torch.no_grad()
@@ -165,8 +195,8 @@ def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence
     stats, rows = explorer.stats, []
     for latent in latents:
         numbers = [float(t[latent]) for t in (stats.frequency, stats.mean_activation, stats.label_entropy)]
-        classes = explorer.top_classes(latent, 3)
-        rows.append([latent, explorer.names[latent], ", ".join(classes.index), int(explorer.found[latent]),
+        classes = ", ".join(name for name, _, _ in explorer.class_bars(latent, 3))
+        rows.append([latent, explorer.names[latent], classes, int(explorer.n_references[latent]),
                      *(float(f"{v:.4g}") if np.isfinite(v) else None for v in numbers),
                      *(round(float(v), 2) if np.isfinite(v) else None for v in explorer.places[latent])])
     (folder / "latents.js").write_text(f"const LATENTS = {json.dumps(rows)};\n", encoding="utf-8")
@@ -179,9 +209,9 @@ def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence
 
 def run(name: str | None, ranges: str) -> str:
     """Write the dashboard of a profile."""
-    begin, profile = time.monotonic(), start(name)
-    explorer, folder = open_explorer(profile), profile.figures_dir / "dashboard"
-    latents = chosen_latents(explorer, ranges)
+    begin, explorer = time.monotonic(), open_explorer(name)
+    profile, latents = explorer.study.profile, chosen_latents(explorer, ranges)
+    folder = profile.figures_dir / "dashboard"
     write_dashboard(explorer, folder, f"{profile.data.task}, profile {profile.name}", latents)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     return f"{len(latents)} pages, {size:.0f} MB, {time.monotonic() - begin:.0f} s: open {folder / 'index.html'}"

@@ -1,5 +1,6 @@
 """Pictures of the explorer: what it shows as a figure, and the scatter that is clicked on."""
 
+import functools
 import io
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from patchsae.app.explorer import Explorer, masked_image, scatter_limits
+from patchsae.app.explorer import NO_TEXT, Explorer, masked_image, scatter
 from patchsae.app.state import State
 from patchsae.figures.canvas import (
     BLUE,
@@ -71,6 +72,8 @@ def _frame_region(axes, image: np.ndarray, region, grid: int) -> None:
 
 def _probability_bars(figure: Figure, table: pd.DataFrame, edited: bool) -> None:
     """The likeliest classes, before in grey and, where latents were changed, after in blue."""
+    if table.empty:
+        return paragraph(figure, 0.02, 1.98, NO_TEXT.replace("; ", ", "))
     best = table.loc[table[["before", "after"]].max(axis=1).sort_values(ascending=False, kind="stable").index[:5]]
     axes = place(figure, 0.74, 2.2, 0.88, 1.3)
     places = np.arange(len(best))
@@ -84,11 +87,12 @@ def _probability_bars(figure: Figure, table: pd.DataFrame, edited: bool) -> None
     write(figure, 0.02, 1.98, title, color=GREY)
 
 
+@functools.lru_cache(1)
 def scatter_picture(explorer: Explorer) -> tuple[bytes, list[float]]:
     """All latents by frequency and activation, coloured by label entropy: a png file, and where in it the axes lie,
     as shares of its width and height (left, top, width, height)."""
     width, height, *box = SCATTER
-    figure, (x0, x1, y0, y1) = new_figure(width, height, layout=None), scatter_limits(explorer.stats)
+    figure, (x0, x1, y0, y1) = new_figure(width, height, layout=None), scatter(explorer.stats)[1]
     axes, table = place(figure, *box), explorer.stats.table()
     alive = table[(table["frequency"] > 0) & (table["mean_activation"] > 0)].sort_values("label_entropy")
     x, y = np.log10(alive["frequency"]), np.log10(alive["mean_activation"])

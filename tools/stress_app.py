@@ -1,0 +1,208 @@
+"""Fifty visitors at once, hostile frames and foreign hosts at the explorer, from this machine (``make stress-app``).
+
+Every visitor opens the page, turns to another image and waits for the answer; whoever is told to wait asks again.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from jupyter_client.session import Session
+from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.websocket import websocket_connect
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTOCOL = "v1.kernel.websocket.jupyter.org"
+#: Seconds that a visitor stays, that anything may take, and that the server may take to start.
+STAY, PATIENCE, START = 2, 120, 600
+#: Seconds in which the server must answer whoever is next, whatever it was sent.
+ALIVE = 10
+
+
+class Explorer:
+    """A server of its own. ``peak``: the most memory that it and its kernels took, shared pages counted once."""
+
+    def __init__(self, visitors: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address, self.visitors, self.peak = f"http://127.0.0.1:{self.port}/", visitors, 0
+
+    async def __aenter__(self):
+        environment = os.environ | {"IPYTHONDIR": str(ROOT / "build" / "ipython"), "PROFILE": "mini"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "patchsae", "app", "--port", str(self.port), "--visitors", str(self.visitors)]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        begin = time.monotonic()
+        while time.monotonic() - begin < START and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                await asyncio.open_connection("127.0.0.1", self.port)
+                break
+            await asyncio.sleep(0.5)
+        self.watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_):
+        self.watching.cancel()
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.process.kill()
+
+    async def _watch(self) -> None:
+        while True:
+            total, everybody = 0, psutil.Process(self.process.pid)
+            for process in [everybody, *everybody.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    memory = process.memory_full_info()
+                    total += getattr(memory, "pss", memory.rss)
+            self.peak = max(self.peak, total)
+            await asyncio.sleep(0.5)
+
+    async def get(self, path: str = "", **headers):
+        """What the server answers, whatever its status."""
+        request = HTTPRequest(self.address + path, headers=headers, request_timeout=PATIENCE, connect_timeout=PATIENCE)
+        return await AsyncHTTPClient(max_clients=200).fetch(request, raise_error=False)
+
+    async def connect(self, kernel: str, protocol: str | None = PROTOCOL, **headers):
+        """A websocket to a kernel."""
+        address = f"ws://127.0.0.1:{self.port}/api/kernels/{kernel}/channels?session_id={os.urandom(8).hex()}"
+        request = HTTPRequest(address, headers=headers, connect_timeout=PATIENCE)
+        return await websocket_connect(request, subprotocols=[protocol] if protocol else None)
+
+
+def update(session: Session, model: str, state: dict) -> bytes:
+    """The frame in which a page says what was chosen."""
+    content = {"comm_id": model, "data": {"method": "update", "state": state, "buffer_paths": []}}
+    return serialize_msg_to_ws_v1(session.msg("comm_msg", content), "shell", session.pack)
+
+
+async def visit(explorer: Explorer, number: int) -> bool:
+    """Open the page, however often one has to ask, and use it; whether somebody was told to wait."""
+    told, begin = False, time.monotonic()
+    while (page := await explorer.get(f"?dataset=nouns/test&image={number}")).code == 503:
+        assert "asks again" in page.body.decode() and int(page.headers["Retry-After"]) > 0
+        assert time.monotonic() - begin < 5 * PATIENCE
+        told = True
+        await asyncio.sleep(random.uniform(1, 3))
+    text = page.body.decode()
+    kernel, model = re.search(r'"kernelId": "([^"]+)"', text)[1], re.search(r'"model_id": "([^"]+)"', text)[1]
+    line = await explorer.connect(kernel)
+    await line.write_message(update(Session(), model, {"image": number + 1, "asked": 1}), binary=True)
+    await asyncio.wait_for(_answer(line), PATIENCE)
+    await asyncio.sleep(STAY)
+    line.close()
+    end = HTTPRequest(f"{explorer.address}voila/api/shutdown/{kernel}", method="POST", body="")  # as the page does
+    await AsyncHTTPClient().fetch(end, raise_error=False)
+    return told
+
+
+async def _answer(line) -> None:
+    """Wait until the kernel says that what was asked for is there."""
+    while True:
+        _, parts = deserialize_msg_from_ws_v1(await line.read_message())
+        if json.loads(parts[3]).get("data", {}).get("state", {}).get("answered") == 1:
+            return
+
+
+def hostile_frames(n: int) -> list:
+    """Frames that no page sends: counts and offsets beyond the frame, cut and changed ones, headers that are none."""
+    numbers = random.Random(0)
+    good = update(Session(), "0" * 32, {"image": 1})
+    deep, session = b"[" * 100_000, Session()
+    frames = [b"\xff" * 40, b"", b"\0" * 8, b"\xff" * 8 + b"\0" * 100_000, (2**40).to_bytes(8, "little") + good[8:],
+              good[:-1], good + b"x", good.decode("latin-1"), "{}", "[" * 100_000,
+              serialize_msg_to_ws_v1([deep, b"{}", b"{}", b"{}"], "shell"),
+              serialize_msg_to_ws_v1([b"[]", b"{}", b"{}", b"{}"], "shell"),
+              serialize_msg_to_ws_v1([b"{}"], "shell"),
+              serialize_msg_to_ws_v1([b"{}", b"{}", b"{}", b"1" * 9], "shell"),
+              serialize_msg_to_ws_v1([session.pack({"msg_id": 1, "msg_type": [], "session": {}}), b"{}", b"{}", b"{}"],
+                                     "shell"),
+              serialize_msg_to_ws_v1([b"{}"] * 40, "shell")]
+    while len(frames) < n:
+        frame = bytearray(good)
+        frame[numbers.randrange(56)] ^= 1 << numbers.randrange(8)  # the count or an offset
+        frames.append(bytes(frame) if numbers.random() < 0.5 else numbers.randbytes(numbers.randrange(200)))
+    return frames[:n]
+
+
+async def attack(explorer: Explorer, kernel: str, frame) -> bool:
+    """Send one frame; whether the line was closed at once, and somebody else was answered in time."""
+    # Texts are sent in the older protocol, which has no count to lie about and is not spoken here.
+    line = await explorer.connect(kernel, PROTOCOL if isinstance(frame, bytes) else None)
+    await line.write_message(frame, binary=isinstance(frame, bytes))
+    while await asyncio.wait_for(line.read_message(), ALIVE) is not None:
+        pass
+    await asyncio.wait_for(explorer.get("voila/static/main.js"), ALIVE)
+    return line.close_code == 1002
+
+
+def foreign_hosts(port: int) -> list[str]:
+    """Host headers under which nobody opened the explorer."""
+    names = ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example@127.0.0.1", "0.0.0.0",
+             "[::]", "127.0.0.2", "2130706433", "localhost.", "10.0.0.1", "xn--lcalhost-54a", "127.0.0.1:80@evil"]
+    return [*(f"{name}:{port}" for name in names), *names, "127.0.0.1", "localhost", f"127.0.0.1:{port + 1}",
+            f"localhost:{port}:80", f"127.0.0.1:0{port}"]
+
+
+async def intrude(explorer: Explorer, kernel: str, host: str) -> bool:
+    """Ask for the page, a file and a kernel under a foreign name; whether all was refused."""
+    paths = ("", "voila/static/main.js", f"api/kernels/{kernel}")
+    codes = [(await explorer.get(path, Host=host)).code for path in paths]
+    try:
+        (await explorer.connect(kernel, Host=host)).close()
+        codes.append(101)
+    except HTTPClientError as error:
+        codes.append(error.code)
+    return set(codes) <= {400, 403}
+
+
+async def stress(visitors: int, places: int, frames: int) -> dict:
+    """All of it, against a server with so many places."""
+    async with Explorer(places) as explorer:
+        answers = await asyncio.gather(*(visit(explorer, number) for number in range(visitors)), return_exceptions=True)
+        told = sum(answer is True for answer in answers)
+        answered = sum(isinstance(answer, bool) for answer in answers)
+        page = await explorer.get()
+        kernel = re.search(r'"kernelId": "([^"]+)"', page.body.decode())[1]
+        refused = [await attack(explorer, kernel, frame) for frame in hostile_frames(frames)]
+        foreign = [await intrude(explorer, kernel, host) for host in foreign_hosts(explorer.port)]
+        return {"visitors": (answered, visitors), "told-to-wait": (told, visitors), "peak": explorer.peak / 2**30,
+                "hostile-frames": (sum(refused), frames), "foreign-hosts": (sum(foreign), len(foreign)),
+                "problems": [answer for answer in answers if not isinstance(answer, bool)]}
+
+
+def main() -> None:
+    """Print what came of it; end with an error if anything was not as it must be."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--visitors", type=int, default=50)
+    options.add_argument("--places", type=int, default=8)
+    options.add_argument("--frames", type=int, default=200)
+    chosen, begin = options.parse_args(), time.monotonic()
+    found = asyncio.run(stress(chosen.visitors, chosen.places, chosen.frames))
+    for problem in found["problems"][:3]:
+        print(repr(problem))
+    print("visitors {} of {} answered".format(*found["visitors"]))
+    print("visitors {} of {} told to wait first".format(*found["told-to-wait"]))
+    print("hostile-frames {} of {} refused".format(*found["hostile-frames"]))
+    print("foreign-hosts {} of {} refused".format(*found["foreign-hosts"]))
+    print(f"peak-memory {found['peak']:.1f} GB")
+    print(f"time {time.monotonic() - begin:.0f} s")
+    whole = all(found[name][0] == found[name][1] for name in ("visitors", "hostile-frames", "foreign-hosts"))
+    sys.exit(0 if whole and found["peak"] < 4 else "Somebody was not answered, or something not refused; see above.")
+
+
+if __name__ == "__main__":
+    main()
