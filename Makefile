@@ -119,7 +119,8 @@ bench-ablation: | env  ## time top-k masking at the paper's size against its slo
 
 .PHONY: app dashboard bench-explorer stress-app
 app: | env  ## serve the explorer at http://127.0.0.1:8866 (APP_HOST=, APP_PORT=, APP_HOSTS=, APP_VISITORS=)
-	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" -m patchsae app
+	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" -m patchsae app --host "$(or $(APP_HOST),127.0.0.1)" \
+		--port "$(or $(APP_PORT),8866)" --visitors "$(or $(APP_VISITORS),8)" $(addprefix --allow-host ,$(APP_HOSTS))
 
 dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATENTS=0-99,512 for some)
 	"$(PYTHON)" -m patchsae dashboard --latents "$(LATENTS)"

@@ -4,7 +4,6 @@ Under ``accelerate launch -m patchsae train`` and ``torchrun -m patchsae train``
 """
 
 import argparse
-import os
 import sys
 
 
@@ -134,13 +133,11 @@ def parser() -> argparse.ArgumentParser:
     parts["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
     parts["check"].add_argument("--quiet", action="store_true", help="print nothing unless something is missing")
     parts["dashboard"].add_argument("--latents", default="", help="such as 0-99,512; by default all, or 4,096 of them")
-    host, names = os.environ.get("APP_HOST") or "127.0.0.1", os.environ.get("APP_HOSTS", "").split()
-    parts["app"].add_argument("--host", default=host, help="address to listen at; by default APP_HOST or 127.0.0.1")
-    parts["app"].add_argument("--port", type=int, default=os.environ.get("APP_PORT") or 8866, help="APP_PORT or 8866")
-    parts["app"].add_argument("--allow-host", action="append", default=names, metavar="NAME",
-                              help="another name that the app may be opened under; APP_HOSTS holds several")
-    parts["app"].add_argument("--visitors", type=int, default=os.environ.get("APP_VISITORS") or 0,
-                              help="visitors at a time; by default as many as fit into half of the free memory")
+    app = parts["app"].add_argument
+    app("--host", default="127.0.0.1", help="the address to listen at, 127.0.0.1 by default")
+    app("--port", type=int, default=8866, help="8866 by default")
+    app("--allow-host", action="append", default=[], metavar="NAME", help="another name it may be opened under")
+    app("--visitors", type=int, default=8, help="how many are served at a time, 8 by default")
     parts["rehearsal"].add_argument("what", choices=("make", "report"))
     return whole
 

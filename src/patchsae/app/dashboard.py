@@ -9,21 +9,22 @@ import errno
 import json
 import re
 import shutil
+import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 from tqdm.auto import tqdm
 
 from patchsae.app import pages
-from patchsae.app.explorer import Explorer, open_explorer, seen
+from patchsae.app.explorer import Explorer, seen
 from patchsae.app.pictures import scatter_picture
 from patchsae.app.state import CELLS
+from patchsae.figures.canvas import resampled
+from patchsae.studies.study import open_study
 
 #: Pages are written for all latents up to this many; of more, for those of lowest label entropy.
 MOST = 4096
@@ -32,6 +33,8 @@ SIDE, NEIGHBOURS, BINS = 96, 8, 40
 #: Seconds after which an unfinished folder is nobody's any more: a day.
 STALE = 86400
 HERE = Path(__file__).parent
+PAGES = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                    lstrip_blocks=True)
 
 
 def chosen_latents(explorer: Explorer, ranges: str = "") -> list[int]:
@@ -59,28 +62,17 @@ def reference_pass(explorer: Explorer, latents: Sequence[int], batch_images: int
     """
     clip, sae, g = explorer.clip, explorer.sae, explorer.clip.grid
     rows = explorer.stats.reference_rows[list(latents)].numpy()
-    small, masks = {}, np.zeros((*rows.shape, g, g), np.uint8)
-    where, order = np.unique(rows[rows >= 0]), np.argsort(rows, axis=None, kind="stable")
-    first = np.searchsorted(rows.ravel()[order], where)
-    last = np.searchsorted(rows.ravel()[order], where, side="right")
+    small, masks, where = {}, np.zeros((*rows.shape, g, g), np.uint8), np.unique(rows[rows >= 0])
     for at in tqdm(range(0, len(where), batch_images), desc=f"{len(where)} reference images", mininterval=1):
         batch = where[at:at + batch_images].tolist()
         shown, pixels = seen(clip, [explorer.references[row].image for row in batch])
         z = clip.below(pixels, explorer.layer)[:, 1:clip.n_tokens]
         for i, row in enumerate(batch):
-            small[row] = _small(shown[i])
-            mine = np.unravel_index(order[first[at + i]:last[at + i]], rows.shape)
-            of = [latents[n] for n in mine[0]]
-            heat = sae.encode_some(z[i], of)
-            masks[mine] = _shares(heat).T.reshape(-1, g, g)
+            small[row] = shown[i] if clip.image_size <= SIDE else resampled(shown[i], SIDE)
+            places = np.nonzero(rows == row)
+            heat = sae.encode_some(z[i], [latents[n] for n in places[0]])
+            masks[places] = _shares(heat).T.reshape(-1, g, g)
     return small, masks
-
-
-def _small(image: np.ndarray) -> np.ndarray:
-    """An image ``[H,W,3]`` no larger than it is shown."""
-    if len(image) <= SIDE:
-        return image
-    return np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def _shares(heat: torch.Tensor) -> np.ndarray:
@@ -92,31 +84,30 @@ def _shares(heat: torch.Tensor) -> np.ndarray:
 
 def write_dashboard(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
     """Write the pages into a folder of their own beside ``folder``, and put it in its place when all are there."""
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     for left in folder.parent.glob(f".{folder.name}.*"):  # by a process that was killed
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > STALE:
                 shutil.rmtree(left)
     try:
-        _write_pages(explorer, part, title, latents)
-        _put_in_place(part, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            _write_pages(explorer, Path(beside) / "pages", title, latents)
+            _put_in_place(Path(beside) / "pages", folder)
     except OSError as error:
         raise OSError(f"Cannot write {folder}: {error.strerror or error}; free space there or choose a folder that can "
                       "be written to.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_pages(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
     for name in ("latents", "strips"):
         (folder / name).mkdir(parents=True)
     small, masks = reference_pass(explorer, latents)
-    template = _environment().get_template("dashboard_latent.html")
+    template = PAGES.get_template("dashboard_latent.html")
     histograms, near = _histograms(explorer), neighbours(explorer, latents)
     for n, latent in enumerate(tqdm(latents, desc="pages", mininterval=1)):
         page = _latent(explorer, latent, latents, n) | {
             "title": title, "neighbours": near[n], "mask": base64.b64encode(masks[n].tobytes()).decode(),
-            "histograms": [_marked(*histogram, latent) for histogram in histograms]}
+            "histograms": histograms}
         (folder / "latents" / f"{latent}.html").write_text(template.render(page), encoding="utf-8")
         if rows := [row for row in explorer.stats.reference_rows[latent].tolist() if row >= 0]:
             strip = np.concatenate([small[row] for row in rows], axis=1)
@@ -124,24 +115,16 @@ def _write_pages(explorer: Explorer, folder: Path, title: str, latents: Sequence
     _write_index(explorer, folder, title, latents)
 
 
-def _put_in_place(part: Path, folder: Path) -> None:
+def _put_in_place(pages_written: Path, folder: Path) -> None:
     """Rename a folder; what was in its place goes, also what another process has put there meanwhile."""
-    while True:
-        old = part.with_name(f"{part.name}.old")
+    while pages_written.exists():
         with contextlib.suppress(FileNotFoundError):
-            folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+            folder.rename(Path(tempfile.mkdtemp(dir=pages_written.parent)) / "before")
         try:
-            part.rename(folder)
-            return
+            pages_written.rename(folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-
-
-def _environment() -> Environment:
-    return Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                       lstrip_blocks=True)
 
 
 def _latent(explorer: Explorer, latent: int, latents: Sequence[int], n: int) -> dict:
@@ -160,32 +143,28 @@ def _latent(explorer: Explorer, latent: int, latents: Sequence[int], n: int) -> 
 def neighbours(explorer: Explorer, latents: Sequence[int]) -> list[list[tuple[int, str, float]]]:
     """For each latent those of the others whose decoder rows are nearest by cosine: (latent, name, cosine)."""
     rows = torch.nn.functional.normalize(explorer.sae.W_dec[list(latents)], dim=1)
-    result = []
-    for at, part in enumerate(rows.split(1024)):
-        cosine = part @ rows.T
-        own = torch.arange(len(part))
-        cosine[own, own + 1024 * at] = -2
-        best = cosine.topk(min(NEIGHBOURS, len(rows) - 1), dim=1)
-        result += [[(latents[i], explorer.names[latents[i]], v) for i, v in zip(places, values)]
-                   for places, values in zip(best.indices.tolist(), best.values.tolist())]
-    return result
+    nearest = []
+    for n, row in enumerate(rows):
+        cosine = rows @ row
+        cosine[n] = -2  # a latent is not its own neighbour
+        best = cosine.topk(min(NEIGHBOURS, len(rows) - 1))
+        others = [latents[i] for i in best.indices.tolist()]
+        nearest.append([(s, explorer.names[s], value) for s, value in zip(others, best.values.tolist())])
+    return nearest
 
 
-def _histograms(explorer: Explorer) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each statistic its name, its value for every latent ``[S]``, and the edges and heights of its histogram."""
+def _histograms(explorer: Explorer) -> list[dict]:
+    """Of each statistic its name, its value for every latent ``[S]``, and its histogram: bars from 0 to 1, its ends."""
     table = explorer.stats.table()
     with np.errstate(divide="ignore"):
         values = {"log10 frequency": np.log10(table["frequency"]), "log10 mean activation": np.log10(
             table["mean_activation"]), "label entropy, nats": table["label_entropy"]}
-    return [(name, v.to_numpy(), *np.histogram(v[np.isfinite(v)], BINS)[::-1]) for name, v in values.items()]
-
-
-def _marked(name: str, values: np.ndarray, edges: np.ndarray, heights: np.ndarray, latent: int) -> dict:
-    """A histogram for the page of a latent: bars from 0 to 1, its ends, and the place of the latent or None."""
-    value, (low, high) = values[latent], (edges[0], edges[-1])
-    return {"name": name, "bars": (heights / max(1, heights.max())).round(3).tolist(),
-            "low": round(low, 1) + 0.0, "high": round(high, 1) + 0.0,
-            "value": value if np.isfinite(value) else None, "place": BINS * (value - low) / (high - low)}
+    histograms = []
+    for name, value in values.items():
+        heights, edges = np.histogram(value[np.isfinite(value)], BINS)
+        histograms.append({"name": name, "of": value.tolist(), "bars": (heights / max(1, heights.max())).tolist(),
+                           "low": edges[0], "high": edges[-1]})
+    return histograms
 
 
 def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence[int]) -> None:
@@ -202,14 +181,14 @@ def _write_index(explorer: Explorer, folder: Path, title: str, latents: Sequence
     (folder / "latents.js").write_text(f"const LATENTS = {json.dumps(rows)};\n", encoding="utf-8")
     (folder / "pages.css").write_text(pages.style(), encoding="utf-8")
     shutil.copy(HERE / "dashboard.js", folder)
-    page = _environment().get_template("dashboard_index.html").render(
+    page = PAGES.get_template("dashboard_index.html").render(
         title=title, many=len(latents), of=explorer.sae.n_latents, images=stats.n_images, area=area, cells=CELLS)
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 def run(name: str | None, ranges: str) -> str:
     """Write the dashboard of a profile."""
-    begin, explorer = time.monotonic(), open_explorer(name)
+    begin, explorer = time.monotonic(), Explorer(open_study(name))
     profile, latents = explorer.study.profile, chosen_latents(explorer, ranges)
     folder = profile.figures_dir / "dashboard"
     write_dashboard(explorer, folder, f"{profile.data.task}, profile {profile.name}", latents)

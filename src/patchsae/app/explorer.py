@@ -15,15 +15,14 @@ import torch
 
 from patchsae.app.state import CELLS, LISTED, UPLOAD, State
 from patchsae.clip import Clip, class_prototypes
-from patchsae.config import Profile
 from patchsae.data.datasets import templates
 from patchsae.data.images import Item
 from patchsae.latents import LatentStatistics
 from patchsae.masks import soft_mask
 from patchsae.studies.adapt import Adapted, Recipe, adapted_model, kept_folder
-from patchsae.studies.gallery import strongest
+from patchsae.studies.gallery import references, strongest
 from patchsae.studies.names import latent_names, reference_concepts
-from patchsae.studies.study import Study, fingerprint, open_study
+from patchsae.studies.study import Study, fingerprint
 from patchsae.weights.files import load_tensors, result_key, save_tensors
 
 NO_TEXT = "This model has no text tower here, so it tells no classes apart; latents and their maps need none."
@@ -100,20 +99,17 @@ class Explorer:
         """Where the explorer starts: the first image, the patch on which its label's own latent is strongest."""
         name = next(iter(self.datasets))
         view, counts = self.view(name, 0), self.stats.class_counts
-        activity = counts[view.label] - counts.sum(0) / len(counts) if view.label < len(counts) else view.h[0].mean(0)
+        known = 0 <= view.label < len(counts)
+        activity = counts[view.label] - counts.sum(0) / len(counts) if known else view.h[0].mean(0)
         latent = int(activity.argmax())
         row, column = divmod(int(self.heat(State(name, 0, latent=latent)).argmax()), self.clip.grid)
         place = np.nan_to_num(self.places[latent]).astype(int).tolist()
-        return State(name, 0, (row, column, row, column), label=min(view.label, len(counts) - 1), latent=latent,
+        return State(name, 0, (row, column, row, column), label=view.label if known else 0, latent=latent,
                      anchor=latent, box=(*place, *place))
 
     def warm(self) -> None:
-        """Compute what visitors see first and what all of them share."""
-        state = self.first_state()
-        self.probabilities(state)
-        self.reference_views(state.latent)
-        for latent in self.listed(state)["latent"]:
-            self.thumbnail(latent)
+        """Compute what all visitors share."""
+        self.probabilities(self.first_state())
         for dataset in self.datasets:
             self.towers(self.task(dataset))
 
@@ -215,17 +211,13 @@ class Explorer:
     @torch.no_grad()
     def _reference_views(self, latent: int) -> References:
         """Look at the reference images of a latent, checked by their ids."""
-        n, grid = int(self.n_references[latent]), self.clip.grid
-        if n == 0:
+        images, grid = references(self.stats, self.references, latent), self.clip.grid
+        if not images:
             return References([], [], [])
-        items = [self.references[row] for row in self.stats.reference_rows[latent, :n].tolist()]
-        if [item.id for item in items] != self.stats.reference_ids[latent][:n].tolist():
-            raise ValueError(f"The reference images of latent {latent} are other images in this data set; use the "
-                             "data set that the statistics were taken of.")
-        crops, pixels = seen(self.clip, [item.image for item in items])
+        crops, pixels = seen(self.clip, images)
         z = self.clip.below(pixels, self.layer)[:, 1:self.clip.n_tokens]
         heats = self.sae.encode_some(z, latent).unflatten(1, (grid, grid)).cpu().numpy()
-        return References(crops, heats, [item.label for item in items])
+        return References(crops, heats, self.stats.reference_labels[latent, :len(images)].tolist())
 
     def _thumbnail(self, latent: int) -> np.ndarray:
         """The strongest image of a latent, uint8 ``[H,W,3]``; grey if there is none."""
@@ -304,8 +296,3 @@ def trained_before(study: Study, task: str) -> Adapted | None:
     recipe = Recipe(study, task, "maple", study.profile.adaptation.seeds[0])
     with contextlib.suppress(FileNotFoundError):  # there may be no training images of a task that one looks at
         return adapted_model(recipe) if kept_folder(recipe) else None
-
-
-def open_explorer(profile: Profile | str | None = None) -> Explorer:
-    """The explorer of a profile, by default of the one that ``PROFILE`` names."""
-    return Explorer(open_study(profile))

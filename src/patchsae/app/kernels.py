@@ -3,15 +3,13 @@
 A kernel that loads everything itself takes 390 MB and ten seconds; a fork takes 80 MB and one.
 """
 
+import asyncio
 import multiprocessing
 import os
 from importlib.metadata import EntryPoint
 
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
-#: The name by which Jupyter knows how kernels are started here.
-FORKED = "forked"
-KernelProvisionerFactory.provisioners[FORKED] = EntryPoint(FORKED, f"{__name__}:ForkedProvisioner", "")
 _forks = multiprocessing.get_context("forkserver")
 
 
@@ -20,6 +18,8 @@ def load() -> None:
 
     It computes on the processor and in one thread: neither a GPU nor a pool of threads survives a fork.
     """
+    KernelProvisionerFactory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedProvisioner", "")
+    KernelProvisionerFactory.instance(default_provisioner_name="forked")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     _forks.set_forkserver_preload(["patchsae.app.preload"])
     first = _forks.Process()
@@ -27,50 +27,41 @@ def load() -> None:
     first.join()
 
 
-class KernelProcess(_forks.Process):
-    """A kernel; and the names of ``subprocess.Popen`` that Jupyter calls a process by."""
+def serve_visitor(connection_file: str, environment: dict[str, str]) -> None:
+    """Be the kernel of one visitor."""
+    from ipykernel.kernelapp import IPKernelApp
+    from ipywidgets import register_comm_target
 
-    stdin = stdout = stderr = None
-
-    def __init__(self, connection_file: str, environment: dict[str, str], folder: str):
-        super().__init__(daemon=True)
-        self.connection_file, self.environment, self.folder = connection_file, environment, folder
-
-    def run(self) -> None:
-        """Serve one visitor."""
-        from ipykernel.kernelapp import IPKernelApp
-        from ipywidgets import register_comm_target
-
-        os.setsid()
-        os.environ.clear()
-        os.environ.update(self.environment)
-        os.chdir(self.folder)
-        # The parent is named so that no kernel outlives it.
-        kernel = IPKernelApp.instance(connection_file=self.connection_file, parent_handle=os.getppid())
-        kernel.initialize(["--HistoryManager.enabled=False"])
-        register_comm_target()
-        kernel.start()
-
-    def poll(self) -> int | None:
-        """The exit status, None while it runs."""
-        return self.exitcode
-
-    def wait(self) -> int | None:
-        """The exit status, waited for."""
-        self.join()
-        return self.exitcode
-
-    def send_signal(self, signum: int) -> None:
-        """As ``os.kill``."""
-        os.kill(self.pid, signum)
+    os.environ |= environment
+    # The parent is named so that no kernel outlives it.
+    kernel = IPKernelApp.instance(connection_file=connection_file, parent_handle=os.getppid())
+    kernel.initialize(["--HistoryManager.enabled=False"])
+    register_comm_target()
+    kernel.start()
 
 
 class ForkedProvisioner(LocalProvisioner):
     """Forks kernels instead of running the command of the kernel's specification."""
 
     async def launch_kernel(self, cmd: list[str], **options) -> dict:
-        """Start a kernel; what remains is as for any other."""
-        self.process = KernelProcess(self.parent.connection_file, options["env"], options["cwd"])
+        """Start a kernel."""
+        self.process = _forks.Process(target=serve_visitor, args=(self.parent.connection_file, options["env"]),
+                                      daemon=True)
         self.process.start()
-        self.pid = self.pgid = self.process.pid
         return self.connection_info
+
+    async def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        return self.process.exitcode if self.process else 0
+
+    async def wait(self) -> int | None:
+        """The exit status, waited for."""
+        while (status := await self.poll()) is None:
+            await asyncio.sleep(0.05)
+        self.process = None
+        return status
+
+    async def send_signal(self, signum: int) -> None:
+        """As ``os.kill``, if it still runs."""
+        if await self.poll() is None:
+            os.kill(self.process.pid, signum)

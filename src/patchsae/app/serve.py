@@ -7,8 +7,8 @@ before Jupyter's server reads it: whom a request is for, whether there is room, 
 import functools
 import json
 import os
+import re
 import socket
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -16,12 +16,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import nbformat
-import psutil
-from jupyter_client.provisioning import KernelProvisionerFactory
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from tornado.routing import Matcher
+from tornado.routing import HostMatches
 from tornado.web import Finish, RequestHandler
 from traitlets import Int
 from traitlets.config import Config
@@ -29,11 +26,7 @@ from voila.app import Voila
 
 from patchsae.app import kernels
 
-CELLS = ("# The explorer\n\n**Question.** What does the model see in this picture, and what happens when it no longer "
-         "sees it?\n\nClick a patch, look at its latents and at the images they respond to, switch one off and read "
-         "what the model says then.",
-         "from patchsae.app.preload import EXPLORER\nfrom patchsae.app.widget import ExplorerWidget\n\n"
-         "ExplorerWidget(EXPLORER)")
+HERE = Path(__file__).parent
 #: What the page may load. Voila's template asks another server for icons, and would wait for it without a network.
 POLICY = {"default-src": "'self'", "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:",
           "script-src": "'self' 'unsafe-inline' 'unsafe-eval' blob:", "font-src": "'self' data:",
@@ -46,28 +39,17 @@ PROTOCOL = "v1.kernel.websocket.jupyter.org"
 
 
 class Door(NamedTuple):
-    """Where the explorer listens, under which names it answers, and to how many visitors at a time (0: as fit)."""
+    """Where the explorer listens, under which other names it answers, and to how many visitors at a time."""
 
     host: str
     port: int
-    names: tuple[str, ...] = ()
-    visitors: int = 0
+    names: tuple[str, ...]
+    visitors: int
 
-    def hosts(self) -> set[str]:
-        """The values of a request's Host header that are answered: this machine's and those the user names."""
-        names = {"127.0.0.1", "localhost", "[::1]", *self.names} | ({self.host} - {"0.0.0.0", "::", ""})
-        bare = names if self.port == 80 else self.names
-        return {name.lower() for name in bare} | {f"{name}:{self.port}".lower() for name in names}
-
-
-class _ForeignHost(Matcher):
-    """Requests for a name that is none of ours: a web site may bind its own name to this machine's address."""
-
-    def __init__(self, hosts: set[str]):
-        self.hosts = hosts
-
-    def match(self, request) -> dict | None:
-        return None if request.headers.get("Host", "").lower() in self.hosts else {}
+    def foreign(self) -> str:
+        """A pattern of names that are none of ours: a web site may bind its own to this machine's address."""
+        ours = ("127.0.0.1", "localhost", "[::1]", self.host, *self.names)
+        return f"(?!({'|'.join(re.escape(name.lower()) for name in ours)})$).*"
 
 
 class _Refusal(RequestHandler):
@@ -104,13 +86,14 @@ def well_formed(frame) -> bool:
 class Frames(ZMQChannelsWebsocketConnection):
     """A visitor's websocket; one that sends what no page sends, or more than any page would, is closed."""
 
+    sent, at = 0.0, 0.0
+
     def handle_incoming_message(self, incoming_msg) -> None:
-        """Pass a message on to the kernel."""
-        visits = self.multi_kernel_manager
-        if self.subprotocol != PROTOCOL or not well_formed(incoming_msg):
-            self.websocket_handler.close(1002, "This is no message of the explorer's page.")
-        elif not visits.may_send(self.kernel_id, len(incoming_msg)):
-            self.websocket_handler.close(1008, "These are more messages than a page sends.")
+        """Pass a message on to the kernel, and forget so much a second of what came before."""
+        now = time.monotonic()
+        self.sent, self.at = max(0, self.sent - RATE * (now - self.at)) + len(incoming_msg) + FRAME, now
+        if self.sent > BURST or self.subprotocol != PROTOCOL or not well_formed(incoming_msg):
+            self.websocket_handler.close(1002, "This is not what the explorer's page sends.")
         else:
             super().handle_incoming_message(incoming_msg)
 
@@ -119,14 +102,7 @@ class Visits(AsyncMappingKernelManager):
     """The kernels of visitors: at most so many, and none that nobody looks at."""
 
     most = Int(1).tag(config=True)
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.starting, self.sent = 0, {}
-
-    def full(self) -> bool:
-        """Whether all places are taken."""
-        return len(self) + self.starting >= self.most
+    starting = 0
 
     async def start_kernel(self, **options) -> str:
         """Start a visitor's kernel, which counts from now on."""
@@ -141,24 +117,16 @@ class Visits(AsyncMappingKernelManager):
         kernel = self.get_kernel(kernel_id)
         patience = FORGOTTEN if self._kernel_connections.get(kernel_id) else GONE
         if datetime.now(UTC) - kernel.last_activity > timedelta(seconds=patience) or not await kernel.is_alive():
-            self.sent.pop(kernel_id, None)
             await self.shutdown_kernel(kernel_id)
-
-    def may_send(self, kernel_id: str, size: int) -> bool:
-        """Count what a visitor sends, of which so much a second is forgotten; whether it is still within bounds."""
-        before, at = self.sent.get(kernel_id, (0, 0))
-        now = time.monotonic()
-        self.sent[kernel_id] = max(0, before - RATE * (now - at)) + size + FRAME, now
-        return self.sent[kernel_id][0] <= BURST
 
 
 def _admit(handler, notebook, cwd) -> None:
     """Send away whom there is no room for, before a kernel is started."""
     visits = handler.kernel_manager
-    if visits.full():
+    if len(visits) + visits.starting >= visits.most:
         handler.set_status(503)
         handler.set_header("Retry-After", str(ASK_AGAIN))
-        page = Path(__file__).with_name("busy.html").read_text(encoding="utf-8")
+        page = (HERE / "busy.html").read_text(encoding="utf-8")
         handler.finish(page.format(seconds=ASK_AGAIN, visitors=visits.most))
         raise Finish
 
@@ -166,12 +134,10 @@ def _admit(handler, notebook, cwd) -> None:
 class Server(Voila):
     """Voila behind a door."""
 
-    door: Door
-
     def init_handlers(self) -> list:
         """Voila's handlers, behind one for whatever is meant for somebody else."""
         self.app.listen = functools.partial(self.app.listen, max_body_size=2**20)  # nothing is posted here
-        return [(_ForeignHost(self.door.hosts()), _Refusal), *super().init_handlers()]
+        return [(HostMatches(self.app.settings["foreign"]), _Refusal), *super().init_handlers()]
 
 
 def settings(door: Door) -> Config:
@@ -180,33 +146,26 @@ def settings(door: Door) -> Config:
     return Config({
         "Voila": {"ip": door.host, "port": door.port, "port_retries": 0, "open_browser": False, "log_level": "ERROR",
                   "config_file_paths": [], "kernel_websocket_connection_class": Frames,
-                  "tornado_settings": {"headers": {"Content-Security-Policy": csp}}},
+                  "tornado_settings": {"headers": {"Content-Security-Policy": csp}, "foreign": door.foreign()}},
         "VoilaConfiguration": {"multi_kernel_manager_class": Visits, "prelaunch_hook": _admit, "file_allowlist": [],
                                "allow_template_override": "NO", "allow_theme_override": "NO"},
         "Visits": {"most": door.visitors, "cull_interval": 5, "cull_idle_timeout": GONE},
         "KernelManager": {"transport": "ipc", "autorestart": False}})
 
 
-def prepare(profile: str | None) -> int:
-    """Compute and keep what takes long the first time; what is missing is said here. Bytes that a visitor may take."""
-    from patchsae.app.explorer import open_explorer
+def prepare(profile: str | None) -> None:
+    """Compute and keep what takes long the first time; what is missing is said here."""
+    from patchsae.app.explorer import Explorer
+    from patchsae.studies.study import open_study
 
-    explorer = open_explorer(profile)
-    explorer.warm()
-    # A kernel's own 80 MB, a picture of 24 megapixels in three copies, and the latents of a few images.
-    return 2**20 * 350 + 12 * 4 * explorer.clip.n_tokens * explorer.sae.n_latents
-
-
-def room_for(bytes_each: int) -> int:
-    """Visitors at a time: as many as fit into half of the free memory, and no more than four for each processor."""
-    return max(1, min(4 * os.cpu_count(), psutil.virtual_memory().available // 2 // bytes_each))
+    Explorer(open_study(profile)).warm()
 
 
 def run(profile: str | None, door: Door) -> None:
     """Serve the explorer of a profile until it is interrupted."""
-    if not 0 < door.port < 2**16 or door.visitors < 0:
+    if not 0 < door.port < 2**16 or door.visitors < 1:
         raise ValueError(f"The app was asked to serve {door.visitors} visitors at port {door.port}; give a port from 1 "
-                         "to 65535, and some visitors.")
+                         "to 65535, and at least one visitor.")
     # Progress bars have no place on the page.
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"} | ({"PROFILE": profile} if profile else {})
     try:
@@ -216,15 +175,8 @@ def run(profile: str | None, door: Door) -> None:
         raise OSError(f"The explorer cannot listen at {door.host}, port {door.port} ({error.strerror}); choose another "
                       "with --host and --port.") from error
     with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # its memory and its GPU are free afterwards
-        each = apart.submit(prepare, profile).result()
+        apart.submit(prepare, profile).result()
     kernels.load()
-    KernelProvisionerFactory.instance(default_provisioner_name=kernels.FORKED)
-    Server.door = door = door._replace(visitors=door.visitors or room_for(each))
     print(f"The explorer is at http://{door.host}:{door.port} for {door.visitors} visitors at a time (Ctrl-C ends it).",
           flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [nbformat.v4.new_markdown_cell(CELLS[0]), nbformat.v4.new_code_cell(CELLS[1])]
-        python = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        page = Path(folder) / "explorer.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), page)
-        Server.launch_instance(argv=[str(page)], config=settings(door))
+    Server.launch_instance(argv=[str(HERE / "page.ipynb")], config=settings(door))

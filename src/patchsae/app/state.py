@@ -77,7 +77,14 @@ def decode_picture(data: bytes) -> np.ndarray:
     if len(data) > MAX_BYTES:
         raise ValueError(f"The picture has {len(data) / 2**20:.1f} MB, the limit is {MAX_BYTES // 2**20} MB; "
                          "choose a smaller file.")
-    image = _opened(data)
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = None  # ours is lower, and says what to do
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:
+        raise ValueError(f"The file is not a picture that can be read; choose one of {', '.join(FORMATS)}.") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"The picture has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS // 10**6} "
@@ -86,15 +93,3 @@ def decode_picture(data: bytes) -> np.ndarray:
         return rgb(image)
     except Exception:  # a hostile file can make a decoder fail in any way
         raise ValueError("The picture is damaged and cannot be decoded; choose another file.") from None
-
-
-def _opened(data: bytes) -> Image.Image:
-    """A picture of which only the head was read."""
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        Image.MAX_IMAGE_PIXELS = None  # ours is lower, and says what to do
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:
-        raise ValueError(f"The file is not a picture that can be read; choose one of {', '.join(FORMATS)}.") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

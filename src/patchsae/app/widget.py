@@ -5,7 +5,6 @@ meant is left alone, and nothing that is sent ends in an exception.
 """
 
 import contextlib
-import io
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from patchsae.app import pages
 from patchsae.app.explorer import NO_TEXT, Explorer, View, masked_image
 from patchsae.app.pictures import explorer_sheet, scatter_picture
 from patchsae.app.state import CELLS, FORMATS, MAX_BYTES, MAX_PIXELS, SCOPES, UPLOAD, State, decode_picture
+from patchsae.figures.canvas import png
 
 #: Classes whose probabilities are shown; factors a latent can be scaled with; letters of a query; a number's limit.
 SHOWN, STRONGEST, LETTERS, LARGEST = 8, 4.0, 200, 2**53
@@ -72,7 +72,7 @@ class ExplorerWidget(anywidget.AnyWidget):
         super().__init__(page=self._page(), sizes={name: len(ds) for name, ds in explorer.datasets.items()})
         # Voila, whose page has an address of its own, passes on what that address asks for.
         self.open_link(os.environ.get("QUERY_STRING", ""))
-        self.on_msg(self._asked_for_file)
+        self.on_msg(self._send_file)
 
     @property
     def state(self) -> State:
@@ -127,11 +127,6 @@ class ExplorerWidget(anywidget.AnyWidget):
                 possible[name] = sync_data[name]
         super().set_state(possible)
 
-    def _asked_for_file(self, _, content, buffers) -> None:
-        if isinstance(content, dict) and content.get("kind") in ("figure", "latents", "probabilities"):
-            with self._saying():
-                self._send_file(content["kind"])
-
     # Keeping what is chosen within what there is
 
     @traitlets.validate("dataset")
@@ -176,17 +171,11 @@ class ExplorerWidget(anywidget.AnyWidget):
 
     # Showing what follows
 
-    @traitlets.observe("dataset", "image")
-    def _other_image(self, change) -> None:
-        if self.opening:
-            return
-        self.message = ["", ""]
-        if change["name"] == "dataset":
-            self.image = min(self.image, self.sizes[self.dataset] - 1)
-        self._show()
-
-    @traitlets.observe(*(name for name in NAMES if name not in ("dataset", "image")))
+    @traitlets.observe(*NAMES)
     def _chosen(self, change) -> None:
+        if change["name"] in ("dataset", "image") and not self.opening:
+            self.message = ["", ""]
+            self.image = min(self.image, self.sizes[self.dataset] - 1)
         self._show()
 
     def _set(self, state: State) -> None:
@@ -321,20 +310,22 @@ class ExplorerWidget(anywidget.AnyWidget):
             height, width = picture.shape[:2]
             self.message = ["", f"Your picture of {width} x {height} pixels is shown; it stays in memory."]
 
-    def _send_file(self, kind: str) -> None:
+    def _send_file(self, _, content, buffers) -> None:
         """Send what is shown to the browser, which saves it."""
-        state, buffer = self.state, io.BytesIO()
-        if kind == "figure":
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            plt.close(figure)
-        else:
-            table = self.explorer.table(state) if kind == "latents" else self.explorer.probabilities(state)
-            table.to_csv(buffer, index=False, float_format="%.6g", lineterminator="\n")
-        name, mime = ("png", "image/png") if kind == "figure" else ("csv", "text/csv")
-        self.send({"name": f"explorer_{kind}.{name}", "type": mime}, [buffer.getvalue()])
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind not in ("figure", "latents", "probabilities"):
+            return
+        with self._saying():
+            if kind == "figure":
+                figure = self.figure()
+                name, mime, data = "png", "image/png", png(figure)
+                plt.close(figure)
+            else:
+                table = (self.explorer.table if kind == "latents" else self.explorer.probabilities)(self.state)
+                name, mime, data = "csv", "text/csv", table.to_csv(index=False, float_format="%.6g").encode()
+            self.send({"name": f"explorer_{kind}.{name}", "type": mime}, [data])
 
 
 def _clipped(value: int, many: int) -> int:
     """The nearest of 0 to ``many`` - 1."""
-    return max(0, min(value, many - 1))
+    return int(max(0, min(value, many - 1)))  # True is a number too
