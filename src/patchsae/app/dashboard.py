@@ -46,9 +46,8 @@ def chosen_latents(explorer: Explorer, ranges: str = "") -> list[int]:
     if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", ranges.replace(" ", "")):
         raise ValueError(f"LATENTS is {ranges!r}; write numbers and ranges such as 0-99,512.")
     ends = [[int(end) for end in part.split("-")] for part in ranges.replace(" ", "").split(",")]
-    spans = [range(end[0], end[-1] + 1) for end in ends if max(map(max, ends)) < n]
-    latents = sorted(set().union(*spans))
-    if not latents:
+    latents = sorted({s for end in ends for s in range(min(end[0], n), min(end[-1], n) + 1)})
+    if not latents or latents[-1] >= n:
         raise ValueError(f"LATENTS is {ranges!r}, but the autoencoder has latents 0 to {n - 1}; choose among them.")
     return latents
 

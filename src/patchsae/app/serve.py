@@ -122,7 +122,7 @@ class Visits(AsyncMappingKernelManager):
 
 def _admit(handler, notebook, cwd) -> None:
     """Send away whom there is no room for, before a kernel is started."""
-    visits = handler.kernel_manager
+    visits, _ = handler.kernel_manager, handler.xsrf_token  # sets the cookie by which a page that closes may say so
     if len(visits) + visits.starting >= visits.most:
         handler.set_status(503)
         handler.set_header("Retry-After", str(ASK_AGAIN))

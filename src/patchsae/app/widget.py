@@ -46,7 +46,7 @@ class ExplorerWidget(anywidget.AnyWidget):
     region = traitlets.List(traitlets.Int(), [0, 0, 0, 0]).tag(sync=True)
     scope = traitlets.Enum(tuple(SCOPES), "patch").tag(sync=True)
     label = traitlets.Int().tag(sync=True)
-    query = traitlets.Unicode().tag(sync=True)
+    query = traitlets.Unicode().tag(sync=True, echo_update=False)  # half a letter cannot be sent back
     anchor = traitlets.Int().tag(sync=True)
     box = traitlets.List(traitlets.Int(), [0, 0, 0, 0]).tag(sync=True)
     latent = traitlets.Int().tag(sync=True)
