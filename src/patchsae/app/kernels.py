@@ -21,7 +21,7 @@ def load() -> None:
     KernelProvisionerFactory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedProvisioner", "")
     KernelProvisionerFactory.instance(default_provisioner_name="forked")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    _forks.set_forkserver_preload(["patchsae.app.preload"])
+    _forks.set_forkserver_preload(["patchsae.app.preload", __name__])
     first = _forks.Process()
     first.start()
     first.join()
