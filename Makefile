@@ -128,7 +128,7 @@ dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATE
 bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
 	"$(PYTHON)" tools/bench_explorer.py
 
-stress-app: | env  ## fifty visitors at once, hostile frames and foreign hosts at the explorer (two minutes)
+stress-app: | env  ## fifty visitors at once, hostile frames and foreign hosts at the explorer (three minutes)
 	"$(PYTHON)" tools/stress_app.py
 
 .PHONY: bench-mono
