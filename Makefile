@@ -117,15 +117,19 @@ bench-gpu: | env  ## the same on one CUDA device, in bfloat16
 bench-ablation: | env  ## time top-k masking at the paper's size against its slow twin (a few minutes)
 	"$(PYTHON)" tools/bench_ablation.py
 
-.PHONY: app dashboard bench-explorer
-app: | env  ## serve the explorer at http://127.0.0.1:8866 (APP_PORT=, APP_HOST= change that)
-	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" tools/serve_app.py
+.PHONY: app dashboard bench-explorer stress-app
+app: | env  ## serve the explorer at http://127.0.0.1:8866 (APP_HOST=, APP_PORT=, APP_HOSTS=, APP_VISITORS=)
+	@IPYTHONDIR="$(CURDIR)/build/ipython" "$(PYTHON)" -m patchsae app --host "$(or $(APP_HOST),127.0.0.1)" \
+		--port "$(or $(APP_PORT),8866)" --visitors "$(or $(APP_VISITORS),8)" $(addprefix --allow-host ,$(APP_HOSTS))
 
 dashboard: | env  ## write figures/<profile>/dashboard/, a page per latent (LATENTS=0-99,512 for some)
 	"$(PYTHON)" -m patchsae dashboard --latents "$(LATENTS)"
 
 bench-explorer: | env  ## time the explorer and the dashboard at 4,096 latents (a few minutes)
 	"$(PYTHON)" tools/bench_explorer.py
+
+stress-app: | env  ## fifty visitors at once, hostile frames and foreign hosts at the explorer (three minutes)
+	"$(PYTHON)" tools/stress_app.py
 
 .PHONY: bench-mono
 bench-mono: | env  ## time the monosemanticity score against its quadratic definition (a minute)

@@ -11,11 +11,9 @@ from patchsae.activations import token_batches
 from patchsae.app.dashboard import chosen_latents, write_dashboard
 from patchsae.app.explorer import Explorer
 from patchsae.app.widget import ExplorerWidget
-from patchsae.clip import load_clip
-from patchsae.config import load_profile, start
-from patchsae.data.datasets import open_dataset, templates
 from patchsae.latents import collect_latents
 from patchsae.sae import SparseAutoencoder
+from patchsae.studies.study import open_study
 
 N_LATENTS, L0 = 4096, 60
 
@@ -48,14 +46,10 @@ def steps(widget: ExplorerWidget):
 
 def main() -> None:
     """Build, click through everything, write the dashboard."""
-    profile = start()
-    clip, layer = load_clip(load_profile("mini").model.name), profile.model.layer
-    train, test = (open_dataset(profile, profile.data.task, split) for split in ("train", "test"))
-    sae = made_up_sae(clip, train, layer)
-    stats = collect_latents(clip, sae, train, layer)
-    tasks = (profile.data.task, *profile.data.transfer)
-    datasets = {f"{task}/test": open_dataset(profile, task, "test") for task in tasks} | {f"{tasks[0]}/test": test}
-    explorer = Explorer(clip, sae, stats, train, layer, datasets, {f"{t}/test": templates(profile, t) for t in tasks})
+    study = open_study()
+    study.sae = made_up_sae(study.clip, study.train, study.layer)
+    study.stats = collect_latents(study.clip, study.sae, study.train, study.layer)
+    explorer = Explorer(study)
     widget, times = ExplorerWidget(explorer), {}
     for name, value in steps(widget):
         begin = time.perf_counter(), time.process_time()

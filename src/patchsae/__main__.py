@@ -72,6 +72,17 @@ def _reset(options) -> str:
     return run(options.profile, options.yes)
 
 
+def _app(options) -> str:
+    """serve the explorer in a browser, to this machine alone unless told otherwise"""
+    try:
+        from patchsae.app import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The app needs {error.name}, which is not installed; run pip install "
+                         "'patchsae[notebooks,app]'.") from error
+    return serve.run(options.profile, serve.Door(options.host, options.port, tuple(options.allow_host),
+                                                 options.visitors))
+
+
 def _rehearsal(options) -> str:
     """make random weights and images in the paper's dimensions, or report what the notebooks took with them"""
     from patchsae.project import rehearsal
@@ -94,8 +105,8 @@ def _artifacts(options) -> str:
 
 
 COMMANDS = {"new": _new, "train": _train, "latents": _latents, "cache": _cache, "check": _check, "fetch": _fetch,
-            "dashboard": _dashboard, "reset": _reset, "rehearsal": _rehearsal, "mini-clip": _mini_clip,
-            "artifacts": _artifacts}
+            "dashboard": _dashboard, "app": _app, "reset": _reset, "rehearsal": _rehearsal,
+            "mini-clip": _mini_clip, "artifacts": _artifacts}
 #: Commands whose work processes share, and those that are of no profile or always of the same.
 SHARED, WITHOUT_PROFILE = ("train", "latents", "cache"), ("new", "rehearsal", "mini-clip")
 
@@ -122,6 +133,11 @@ def parser() -> argparse.ArgumentParser:
     parts["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
     parts["check"].add_argument("--quiet", action="store_true", help="print nothing unless something is missing")
     parts["dashboard"].add_argument("--latents", default="", help="such as 0-99,512; by default all, or 4,096 of them")
+    app = parts["app"].add_argument
+    app("--host", default="127.0.0.1", help="the address to listen at, 127.0.0.1 by default")
+    app("--port", type=int, default=8866, help="8866 by default")
+    app("--allow-host", action="append", default=[], metavar="NAME", help="another name it may be opened under")
+    app("--visitors", type=int, default=8, help="how many are served at a time, 8 by default")
     parts["rehearsal"].add_argument("what", choices=("make", "report"))
     return whole
 

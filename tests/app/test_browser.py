@@ -75,9 +75,9 @@ def app():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"APP_PORT": str(port), "IPYTHONDIR": str(ROOT / "build" / "ipython"), "PROFILE": "mini"}
+    environment = os.environ | {"IPYTHONDIR": str(ROOT / "build" / "ipython"), "PROFILE": "mini"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    server = subprocess.Popen([sys.executable, "tools/serve_app.py"], cwd=ROOT, env=environment,
+    server = subprocess.Popen([sys.executable, "-m", "patchsae", "app", "--port", str(port)], cwd=ROOT, env=environment,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}/"
     try:

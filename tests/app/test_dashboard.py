@@ -1,30 +1,32 @@
 """The dashboard's files: complete, self-contained, and true to the statistics."""
 
 import base64
+import errno
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, WIDTH, one_sentence, random_sae
+from conftest import WIDTH, one_sentence, random_sae
+from pets import N, Pets
 from PIL import Image
 
-from patchsae import ArrayDataset, collect_latents
+from patchsae import ArrayDataset
 from patchsae.app.dashboard import chosen_latents, neighbours, reference_pass, write_dashboard
 from patchsae.app.explorer import Explorer
 
-N = 20
-
 
 @pytest.fixture
-def explorer(clip, image_data):
+def explorer(clip, image_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
     sae = random_sae(WIDTH, N)
     sae.b_enc.data[7] = -1e3
     names = ("cat", "<b>dog</b>", "pig & co")
     ds = ArrayDataset(image_data.pixels, image_data.labels, class_names=names)
-    stats = collect_latents(clip, sae, ds, LAYER, n_reference=4)
-    return Explorer(clip, sae, stats, ds, LAYER, {"pets/test": ds}, {"pets/test": ["a {}."]})
+    return Explorer(Pets(clip, ds, sae=sae))
 
 
 @pytest.fixture
@@ -51,14 +53,14 @@ def test_index_has_every_latent_with_its_numbers(site, explorer):
 
 
 def test_pages_say_what_the_statistics_say_and_escape_it(site, explorer):
-    latent = int(explorer.found.argmax())
+    latent = int(explorer.n_references.argmax())
     text = (site / "latents" / f"{latent}.html").read_text()
     assert f"{explorer.stats.frequency[latent]:.1%}" in text and "<b>dog</b>" not in text
     assert "fires on no image" in (site / "latents" / "7.html").read_text()
 
 
 def test_masks_are_the_soft_masks_of_the_reference_images(explorer, site):
-    latent = int(explorer.found.argmax())
+    latent = int(explorer.n_references.argmax())
     text = (site / "latents" / f"{latent}.html").read_text()
     shares = np.frombuffer(base64.b64decode(re.search(r'data-mask="([^"]*)"', text)[1]), np.uint8)
     images, heats, _ = explorer.reference_views(latent)
@@ -87,7 +89,7 @@ def test_neighbours_are_the_nearest_of_those_shown(explorer):
 def test_subsets_are_read_or_refused(explorer, monkeypatch):
     assert chosen_latents(explorer) == list(range(N))
     assert chosen_latents(explorer, "0-3, 9,2") == [0, 1, 2, 3, 9]
-    for wrong in ("0-20", "3-1", "all", "1..4", "-3"):
+    for wrong in ("0-20", "3-1", "all", "1..4", "-3", "0-999999999", "7" * 5000):
         with pytest.raises(ValueError, match="LATENTS") as error:
             chosen_latents(explorer, wrong)
         assert one_sentence(error.value)
@@ -103,3 +105,31 @@ def test_writing_again_replaces_everything(explorer, site):
     write_dashboard(explorer, site, "pets", [3, 5])
     assert sorted(p.name for p in (site / "latents").iterdir()) == ["3.html", "5.html"]
     assert [p.name for p in site.parent.iterdir() if p.name.startswith(".dashboard")] == []
+
+
+def test_a_full_disk_leaves_the_old_pages_and_nothing_else(explorer, site, monkeypatch):
+    before = {path: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr("patchsae.app.dashboard._write_index", full)
+    with pytest.raises(OSError, match="No space left on device; free space") as error:
+        write_dashboard(explorer, site, "pets", [3, 5])
+    assert one_sentence(error.value)
+    assert {path: path.read_bytes() for path in site.rglob("*") if path.is_file()} == before
+    assert list(site.parent.glob(".dashboard*")) == []
+
+
+def test_two_at_once_both_end_well_and_what_was_left_goes(explorer, tmp_path):
+    left = tmp_path / ".dashboard.killed"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with ThreadPoolExecutor(4) as pool:
+        chosen = [[1, 2], [3, 4], [5], [6, 7, 8]]
+        list(pool.map(lambda latents: write_dashboard(explorer, tmp_path / "dashboard", "pets", latents), chosen * 2))
+    pages = sorted(int(path.stem) for path in (tmp_path / "dashboard" / "latents").iterdir())
+    index = (tmp_path / "dashboard" / "latents.js").read_text()
+    rows = json.loads(index.removeprefix("const LATENTS = ").rstrip(";\n"))
+    assert pages in chosen and pages == [row[0] for row in rows]
+    assert list(tmp_path.glob(".dashboard*")) == []

@@ -4,35 +4,42 @@ import io
 import struct
 import zlib
 from dataclasses import replace
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random_sae
+from conftest import LAYER, SIDE, one_sentence, random_clip_model
 from matplotlib.figure import Figure
+from pets import N, Pets
 from PIL import Image
 
-from patchsae import ArrayDataset, collect_latents
-from patchsae.app.explorer import Explorer, as_seen, masked_image
+from patchsae import ArrayDataset
+from patchsae.app.explorer import NO_TEXT, Explorer, masked_image, seen, trained_before
 from patchsae.app.state import CELLS, MAX_BYTES, MAX_PIXELS, UPLOAD, State, decode_picture
-from patchsae.app.widget import ExplorerWidget
+from patchsae.app.widget import CHOSEN, LARGEST, NAMES, NOT_ADAPTED, ExplorerWidget
 from patchsae.clip import Clip
+from patchsae.data.images import Unreadable, read_image
 from patchsae.masks import soft_mask
 from patchsae.studies.adapt import Adapted
 from patchsae.studies.names import latent_names, reference_concepts
 from patchsae.world.dataset import SceneDataset
 
-N = 20
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """What is kept goes to a folder of its own."""
+    monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
 
 
 @pytest.fixture
 def explorer(clip, image_data):
-    return made(clip, image_data)
+    return Explorer(Pets(clip, image_data))
 
 
 @pytest.fixture
-def compared(clip, image_data):
+def compared(clip, image_data, monkeypatch):
     """An explorer with an adapted tower: the same CLIP with slightly changed weights and two more tokens."""
     model = random_clip_model(vocabulary=len(clip.tokenizer))
     for weight in model.vision_model.parameters():
@@ -48,16 +55,10 @@ def compared(clip, image_data):
             return super().above(z[:, :self.n_tokens], layer)
 
     tower = Tower(model, clip.tokenizer, clip.processor)
-    return made(clip, image_data, Adapted(tower, lambda names: tower.text_features([f"a {n}." for n in names])))
-
-
-def made(clip, ds, adapted=None):
-    sae = random_sae(WIDTH, N)
-    stats = collect_latents(clip, sae, ds, LAYER, n_reference=4)
-    other = ArrayDataset(ds.pixels[::-1].copy(), ds.labels[::-1].copy(), class_names=ds.class_names)
-    return Explorer(clip, sae, stats, ds, LAYER, {"pets/test": ds, "others/test": other},
-                    dict.fromkeys(("pets/test", "others/test"), ["a photo of a {}."]),
-                    {"pets/test": adapted} if adapted else None)
+    adapted = Adapted(tower, lambda names: tower.text_features([f"a {n}." for n in names]))
+    monkeypatch.setattr("patchsae.app.explorer.trained_before", lambda study, task:
+                        adapted if task == "pets" in study.profile.adaptation.tasks else None)
+    return Explorer(Pets(clip, image_data))
 
 
 @pytest.fixture
@@ -111,6 +112,14 @@ def test_pictures_of_every_kind_become_rgb(mode, kind):
     assert image.shape == (30, 40, 3) and image.dtype == np.uint8
 
 
+def test_deep_pictures_are_read_as_files_are(tmp_path):
+    deep = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    image = decode_picture((tmp_path / "deep.png").read_bytes())
+    assert np.array_equal(image, read_image(tmp_path / "deep.png", "deep.png"))
+    assert np.array_equal(image[:, :, 0], deep >> 8)
+
+
 def test_photographs_are_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -120,7 +129,8 @@ def test_photographs_are_turned_upright():
 @pytest.mark.parametrize("data, words", [
     (b"", "cannot|not a picture"), (b"%PDF-1.7", "not a picture"), (picture()[:60], "damaged|not a picture"),
     (png(10, 10, b"nonsense"), "damaged"), (png(10_000, 10_000), "10,000 x 10,000 pixels"),
-    (png(60_000, 60_000), "megapixels"), (b"\0" * (MAX_BYTES + 1), "8.0 MB"),
+    (png(60_000, 60_000), "megapixels"), (png(1, 24_000_000), "20,000 pixels a side"),
+    (b"\0" * (MAX_BYTES + 1), "8.0 MB"),
     (picture(kind="TIFF"), "not a picture"), (picture(kind="ICO"), "not a picture")])
 def test_what_cannot_be_shown_is_one_sentence(data, words, recwarn):
     limit = Image.MAX_IMAGE_PIXELS
@@ -130,8 +140,10 @@ def test_what_cannot_be_shown_is_one_sentence(data, words, recwarn):
 
 
 def test_images_are_seen_as_the_model_sees_them(clip, image_data):
-    pixels = clip.pixels(image_data[3].image)
-    assert np.array_equal(as_seen(clip, pixels)[0], image_data[3].image)
+    large = np.asarray(Image.fromarray(image_data[3].image).resize((40, 20)))
+    crops, pixels = seen(clip, [image_data[3].image, large])
+    assert np.array_equal(crops[0], image_data[3].image) and np.array_equal(crops[1], clip.crop(large))
+    assert torch.equal(pixels, clip.pixels([image_data[3].image, large]))
 
 
 def test_masks_are_the_papers_below_no_threshold_and_black_under_one(image_data):
@@ -180,8 +192,8 @@ def test_lists_agree_with_their_definitions(explorer, clip, image_data):
 
 def test_words_find_latents_by_what_their_references_show(explorer):
     listed = explorer.listed(State("pets/test", scope="words", query="CA"))
-    shares = {s: explorer.label_histogram(s).get("cat", 0) / explorer.found[s] for s in range(N) if explorer.found[s]}
-    expected = sorted([v for v in shares.values() if v], reverse=True)[:12]
+    shares = [share for s in range(N) for name, share, _ in explorer.label_bars(s) if name == "cat"]
+    expected = sorted(shares, reverse=True)[:12]
     assert listed["value"].tolist() == pytest.approx(expected, abs=1e-5)
     full = [explorer.names[int(s)] for s, v in listed.values.tolist() if v > 0.9999]
     assert full == sorted(full, key=lambda name: name != "cat")
@@ -209,12 +221,13 @@ def test_a_box_of_the_scatter_holds_what_lies_in_it(explorer):
 
 def test_changing_nothing_changes_no_bit_and_a_factor_moves_along_its_row(explorer):
     view = explorer.view("pets/test", 0)
-    assert explorer.edited(view.z, view.h, ()) is view.z
-    latent = int(view.h.sum(0).argmax())
-    off = explorer.edited(view.z, view.h, ((latent, 0.0),))
-    assert torch.allclose(view.z - off, view.h[:, latent, None] * explorer.sae.W_dec[latent], atol=1e-5)
-    both = explorer.edited(view.z, view.h, ((latent, 0.0), ((latent + 1) % N, 3.0)))
-    other = view.h[:, (latent + 1) % N, None] * explorer.sae.W_dec[(latent + 1) % N]
+    z, h = view.z[0], view.h[0]
+    assert explorer.edited(z, h, ()) is z
+    latent = int(h.sum(0).argmax())
+    off = explorer.edited(z, h, ((latent, 0.0),))
+    assert torch.allclose(z - off, h[:, latent, None] * explorer.sae.W_dec[latent], atol=1e-5)
+    both = explorer.edited(z, h, ((latent, 0.0), ((latent + 1) % N, 3.0)))
+    other = h[:, (latent + 1) % N, None] * explorer.sae.W_dec[(latent + 1) % N]
     assert torch.allclose(both - off, 2 * other, atol=1e-5)
 
 
@@ -224,7 +237,7 @@ def test_probabilities_are_those_of_the_whole_model(explorer, clip, image_data):
     logits = clip.logits(clip.above(clip.below(clip.pixels(image_data[4].image), LAYER), LAYER), text)
     assert np.allclose(table["before"], logits.softmax(1)[0].numpy(), atol=1e-6)
     assert (table["before"] == table["after"]).all()
-    latent = int(explorer.view("pets/test", 4).h.sum(0).argmax())
+    latent = int(explorer.view("pets/test", 4).h[0].sum(0).argmax())
     after = explorer.probabilities(State("pets/test", 4, factors=((latent, 0.0),)))
     assert (after["before"] == table["before"]).all() and not np.allclose(after["after"], table["after"])
 
@@ -238,7 +251,7 @@ def test_an_image_goes_through_the_model_once(explorer, clip, monkeypatch):
 
 
 def test_references_are_checked_and_carry_their_activation(explorer, clip, image_data):
-    latent = int(explorer.found.argmax())
+    latent = int(explorer.n_references.argmax())
     images, heats, labels = explorer.reference_views(latent)
     row = int(explorer.stats.reference_rows[latent, 0])
     assert np.array_equal(images[0], image_data[row].image) and labels[0] == image_data[row].label
@@ -247,19 +260,19 @@ def test_references_are_checked_and_carry_their_activation(explorer, clip, image
     other = image_data.pixels[::-1].copy()
     explorer.references = ArrayDataset(other, image_data.labels, class_names=image_data.class_names)
     explorer.reference_views.cache_clear()
-    with pytest.raises(ValueError, match="other images") as error:
+    with pytest.raises(ValueError, match="another image") as error:
         explorer.reference_views(latent)
     assert one_sentence(error.value)
 
 
 def test_an_adapted_model_is_compared_without_its_prompt_tokens(compared):
     view = compared.view("pets/test", 0)
-    assert view.adapted_z.shape[1] == view.z.shape[1] + 2 and view.adapted_h.shape == view.h.shape
-    change = view.adapted_h.mean(0) - view.h.mean(0)
+    assert view.z[1].shape[1] == view.z[0].shape[1] + 2 and view.h[1].shape == view.h[0].shape
+    change = view.h[1].mean(0) - view.h[0].mean(0)
     listed = compared.listed(State("pets/test", scope="changed"))
     assert listed["latent"][0] == int(change.abs().argmax())
     assert np.allclose(listed["value"].abs(), sorted(change.abs().tolist(), reverse=True)[:len(listed)])
-    table = compared.probabilities(State("pets/test", factors=((int(view.h.sum(0).argmax()), 0.0),)))
+    table = compared.probabilities(State("pets/test", factors=((int(view.h[0].sum(0).argmax()), 0.0),)))
     assert not np.allclose(table["adapted_before"], table["before"])
     assert not np.allclose(table["adapted_before"], table["adapted_after"])
     assert "adapted_before" not in compared.probabilities(State("others/test"))
@@ -364,13 +377,114 @@ def test_the_address_that_voila_was_asked_for_is_opened(explorer, monkeypatch):
     assert (widget.dataset, widget.image, widget.page["own_page"]) == ("others/test", 2, True)
 
 
-def test_the_comparison_is_there_where_an_adapted_model_is(compared, widget):
-    assert not widget.compared and "changed" not in dict(widget.page["scopes"])
+def test_the_comparison_is_there_where_an_adapted_model_is(compared, clip, image_data):
     both = ExplorerWidget(compared)
     assert both.compared["towers"] == ["CLIP", "MaPLe"] == both.probabilities["towers"]
     assert "changed" in dict(both.page["scopes"]) and len(both.probabilities["rows"][0]) == 3
+    both.scope = "changed"
+    assert both.rows and both.meaning.startswith("Mean activation")
     both.dataset = "others/test"
     assert not both.compared and both.probabilities["towers"] == ["CLIP"]
+    assert not both.rows and both.meaning == NOT_ADAPTED and one_sentence(ValueError(both.meaning))
+    alone = ExplorerWidget(Explorer(Pets(clip, image_data, adapted_to=())))
+    assert not alone.compared and "changed" not in dict(alone.page["scopes"])
+
+
+def test_what_a_profile_does_not_have_is_said(clip, image_data, monkeypatch):
+    monkeypatch.delenv("QUERY_STRING", raising=False)
+    assert ExplorerWidget(Explorer(Pets(clip, image_data))).page["limits"].endswith("images of birds.")
+    alone = ExplorerWidget(Explorer(Pets(clip, image_data, transfer=(), adapted_to=())))
+    assert list(alone.sizes) == ["pets/test"] and "Not on this machine" not in alone.page["limits"]
+    mute = ExplorerWidget(Explorer(Pets(Clip(clip.model, None, clip.processor), image_data)))
+    assert mute.probabilities == {"towers": ["CLIP"], "rows": [], "note": NO_TEXT} and one_sentence(ValueError(NO_TEXT))
+    assert mute.caption.startswith("Labelled ") and mute.rows and mute.detail["references"]
+    mute.latent, mute.mask, mute.factors = mute.rows[-1]["latent"], True, [[mute.rows[-1]["latent"], 0]]
+    assert mute.message == ["", ""] and isinstance(mute.figure(), Figure)
+
+
+def test_an_adapted_model_is_not_trained_for_the_explorer(clip, image_data, monkeypatch):
+    monkeypatch.setattr("patchsae.app.explorer.adapted_model", lambda recipe: f"trained on {recipe.task}")
+    study, kept = Pets(clip, image_data), []
+    monkeypatch.setattr("patchsae.app.explorer.kept_folder", lambda recipe: recipe.train and recipe.task in kept)
+    assert trained_before(study, "pets") is None and trained_before(study, "colours") is None
+    kept += ["pets", "birds"]
+    assert trained_before(study, "pets") == "trained on pets" and trained_before(study, "birds") is None
+
+
+def test_text_features_are_computed_once(clip, image_data, monkeypatch):
+    study = Pets(clip, image_data)
+    first = Explorer(study).towers("pets")[0].text
+    monkeypatch.setattr(clip, "text_features", None)
+    assert torch.equal(Explorer(study).towers("pets")[0].text, first)
+
+
+# What a stranger sends
+
+def message(state=None, **data) -> dict:
+    """A message of a page as the kernel gets it."""
+    return {"content": {"data": ({"method": "update", "state": state} if state is not None else {}) | data},
+            "buffers": []}
+
+
+STRANGE = (None, True, -1, 0, 10**30, 10**4000, 1.5, float("nan"), float("inf"), -1e308, "", "²", "٣", "7" * 5000,
+           "\ud800", "a\0b", "<script>", UPLOAD, "nowhere/test", "others/test", "changed", [], [0], [0, 0],
+           [1, -1, 10**20, 3], [[1, 2]], [[1]], [[0, 1, 2]], [["a", "b"]], [[[], {}]], [[1, None]], [[2.5, 10**400]],
+           [None] * 4, {}, {"a": []}, {"state": 1}, b"", b"BM", b"\x89PNG", bytearray(9), memoryview(b"GIF89a"))
+
+
+def test_nothing_that_a_stranger_sends_is_an_exception(widget, explorer, monkeypatch):
+    problems = []  # ipywidgets logs an exception
+    for level in ("warning", "error", "exception"):
+        monkeypatch.setattr(widget.log, level, lambda *words, **_: problems.append(words))
+    numbers, names = np.random.default_rng(0), [*CHOSEN, "page", "rows", "picture", "answered", "layout", "no trait"]
+    sent = []
+    widget.send = lambda content, buffers: sent.append(content["name"])
+    for name in names:
+        for value in STRANGE:
+            widget._handle_msg(message({name: value}))
+    for _ in range(150):
+        some = numbers.choice(len(names), 4, replace=False)
+        widget._handle_msg(message({names[i]: STRANGE[numbers.integers(len(STRANGE))] for i in some}))
+    for value in STRANGE:
+        for strange in (message(state=value), message(method=value), message({"image": 1}, buffer_paths=value),
+                        message(method="custom", content=value), message(method="custom", content={"kind": value}),
+                        {"content": {"data": value}, "buffers": []}, {"content": {}, "buffers": []}):
+            widget._handle_msg(strange)
+    assert widget.page == widget._page() and widget.answered <= LARGEST and not sent
+    assert widget.state.dataset in widget.sizes and widget.link.isascii()
+    widget._handle_msg(message({"dataset": "pets/test", "image": 3, "latent": 2, "asked": 7}))
+    assert (widget.state.dataset, widget.image, widget.latent, widget.answered) == ("pets/test", 3, 2, 7)
+    widget._handle_msg(message(method="custom", content={"kind": "latents"}))
+    assert sent == ["explorer_latents.csv"]
+    assert not problems
+
+
+@pytest.mark.parametrize("query", ["²", "٣", "7" * 5000, "\ud800", "³ cat", "c" * 5000, "\0"])
+def test_strange_queries_are_answered(widget, query):
+    widget.scope = "words"
+    widget.query = query
+    widget.open_link(f"dataset=pets/test&scope=words&query={quote(query, errors='replace')}")
+    assert len(widget.query) <= 200 and widget.message == ["", ""]
+
+
+def test_strange_links_are_one_sentence_or_a_state(widget, explorer):
+    numbers = np.random.default_rng(1)
+    values = ["", "x", "²", "7" * 5000, "-5", "1e999", "nan", "1_2_3_4", "9_9", "0x0", "3x0_4xnan", "1xx2", UPLOAD]
+    for _ in range(150):
+        fields = numbers.choice(NAMES, 3, replace=False)
+        widget.open_link("&".join(f"{name}={quote(values[numbers.integers(len(values))])}" for name in fields))
+        assert widget.message == ["", ""] or one_sentence(ValueError(widget.message[1]))
+        assert widget.state.dataset in explorer.datasets
+
+
+def test_images_that_cannot_be_read_are_said(widget, explorer, monkeypatch):
+    def broken(*_):
+        raise Unreadable("Cannot read the image a.png (cut); replace or remove it.")
+
+    monkeypatch.setattr("patchsae.app.explorer.seen", broken)
+    for name, value in (("image", 5), ("hover", [0, 0]), ("dataset", "others/test")):
+        setattr(widget, name, value)
+        assert widget.message == ["problem", "Cannot read the image a.png (cut); replace or remove it."]
 
 
 def test_files_to_keep(widget, monkeypatch):

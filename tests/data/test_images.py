@@ -3,7 +3,9 @@
 import os
 import pickle
 import shutil
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -84,6 +86,26 @@ def test_every_kind_of_file_is_read(tmp_path):
         assert np.array_equal(found, read_image(path.read_bytes(), path))
     for name in ("f.png", "g.tif"):  # 16 bits: the upper eight
         assert np.array_equal(read_image(tmp_path / name, name)[:, :, 0], deep >> 8)
+
+
+def test_a_picture_whose_data_are_nonsense_is_not_a_black_one():
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 10, 10, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"nonsense") + chunk(b"IEND", b"")
+    with pytest.raises(Unreadable, match="nonsense.png"):
+        read_image(data, "nonsense.png")
+
+
+def test_pictures_with_holes_are_refused(tmp_path):
+    grey = np.full((4, 4), 100, np.float32)
+    for bad in (np.nan, np.inf):
+        grey[1, 2] = bad
+        Image.fromarray(grey).save(tmp_path / "a.tif")
+        with pytest.raises(Unreadable, match="not finite") as error:
+            read_image(tmp_path / "a.tif", "a.tif")
+        assert one_sentence(error.value)
 
 
 def test_five_hundred_damaged_images_are_one_sentence_or_an_image(tmp_path):

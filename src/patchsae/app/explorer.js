@@ -136,14 +136,14 @@ function probabilities(model) {
       return [bar, make("span", { "data-which": which }, percent(share))];
     })));
   const show = () => {
-    const { towers, rows } = model.get("probabilities");
-    root.replaceChildren(
+    const { towers, rows, note } = model.get("probabilities");
+    root.replaceChildren(...note ? [make("p", {}, note)] : [
       make("p", { className: "quiet key" }, make("i", { className: "before" }), "as it is", make("i", { className: "after" }), "with the latents changed"),
       make("table", { className: "probabilities" },
         make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "class"),
           ...towers.map((tower) => make("th", { scope: "col" }, tower)))),
         make("tbody", {}, ...rows.map(([name, ...pairs]) =>
-          make("tr", {}, make("th", { scope: "row" }, name), ...pairs.map(cell))))));
+          make("tr", {}, make("th", { scope: "row" }, name), ...pairs.map(cell)))))]);
   };
   model.on("change:probabilities", show);
   show();
@@ -183,7 +183,11 @@ function render({ model, el }) {
   const page = model.get("page"), name = `px${Math.random().toString(36).slice(2)}`;
   // Python answers every question by repeating its number when everything that follows has been sent.
   const root = make("div", { className: "px explorer" });
-  const ask = () => { model.set("asked", model.get("asked") + 1); model.save_changes(); };
+  // A visit that was ended for want of use never answers again.
+  const late = (number) => {
+    if (model.get("answered") < number) model.set("message", ["problem", "There is no answer: this visit may have ended; load the page again."]);
+  };
+  const ask = () => { model.set("asked", model.get("asked") + 1); model.save_changes(); setTimeout(late, 30000, model.get("asked")); };
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); ask(); };
   // Runs now and whenever one of the traits changes.
   const follow = (names, show) => { model.on(names.split(" ").map((n) => `change:${n}`).join(" "), show); show(); };

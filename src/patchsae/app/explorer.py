@@ -1,58 +1,65 @@
 """What the explorer knows: one image, a choice of patches and latents, and everything that follows from them.
 
-There are no widgets here; ``explorer_widgets`` shows what this room computes. An image goes through the model once
-and is kept; statistics, reference images and class counts come from ``saved_latents`` and are only looked up.
+There are no widgets here; ``widget`` shows what this room computes. An image goes through the model once and is kept;
+statistics, reference images and class counts come from the study and are only looked up.
 """
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from patchsae.activations import load_pixels
 from patchsae.app.state import CELLS, LISTED, UPLOAD, State
 from patchsae.clip import Clip, class_prototypes
-from patchsae.config import Profile
 from patchsae.data.datasets import templates
+from patchsae.data.images import Item
 from patchsae.latents import LatentStatistics
 from patchsae.masks import soft_mask
-from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted, Recipe, adapted_model, kept_folder
-from patchsae.studies.gallery import strongest
+from patchsae.studies.gallery import references, strongest
 from patchsae.studies.names import latent_names, reference_concepts
-from patchsae.studies.study import Study
+from patchsae.studies.study import Study, fingerprint
+from patchsae.weights.files import load_tensors, result_key, save_tensors
+
+NO_TEXT = "This model has no text tower here, so it tells no classes apart; latents and their maps need none."
+
+
+class Tower(NamedTuple):
+    """A model that images are classified with: ``text [C,P]`` of the data set's classes, None without a text tower."""
+
+    name: str
+    model: Clip
+    text: torch.Tensor | None
 
 
 class View(NamedTuple):
-    """An image as the model sees it, uint8 ``[H,W,3]``, its label (-1: unknown), its tokens ``z [1,T,D]`` and their
-    latents ``h [T,S]``; the same of the adapted tower, prompt tokens left out of its latents, or None."""
+    """An image as the model sees it, uint8 ``[H,W,3]``, its label (-1: unknown), and of each tower, CLIP first, its
+    tokens ``z [1,T,D]`` and the latents of its image tokens ``h [T,S]``."""
 
     image: np.ndarray
     label: int
-    z: torch.Tensor
-    h: torch.Tensor
-    adapted_z: torch.Tensor | None = None
-    adapted_h: torch.Tensor | None = None
+    towers: list[Tower]
+    z: list[torch.Tensor]
+    h: list[torch.Tensor]
 
 
 class References(NamedTuple):
     """Reference images of a latent ``[k,H,W,3]`` uint8, strongest first, its activation on their patches ``[k,g,g]``
-    and their labels ``[k]``."""
+    and their labels ``[k]``; nothing of a latent that never fires."""
 
-    images: np.ndarray
-    heats: np.ndarray
+    images: Sequence[np.ndarray]
+    heats: Sequence[np.ndarray]
     labels: list[int]
 
 
-# Pictures -----------------------------------------------------------------------------------------------
-
-def as_seen(clip: Clip, pixels: torch.Tensor) -> np.ndarray:
-    """Preprocessed pixels ``[B,3,H,W]`` as images again: the crop the patches lie on, uint8 ``[B,H,W,3]``."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (clip.processor.image_mean, clip.processor.image_std))
-    image = (pixels.cpu() * std + mean) * 255
-    return image.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+def seen(clip: Clip, images: Sequence[np.ndarray]) -> tuple[np.ndarray, torch.Tensor]:
+    """Images ``[H,W,3]`` as the model sees them: the crops that patches lie on, uint8 ``[B,S,S,3]``, and pixels."""
+    crops = np.stack([clip.crop(image) for image in images])
+    return crops, clip.normalise(torch.from_numpy(crops).to(clip.device))
 
 
 def masked_image(image: np.ndarray, heat: np.ndarray, threshold: float) -> np.ndarray:
@@ -61,98 +68,107 @@ def masked_image(image: np.ndarray, heat: np.ndarray, threshold: float) -> np.nd
     return soft_mask(image, np.where(heat - low >= threshold * (high - low), heat, low))
 
 
-# The explorer -------------------------------------------------------------------------------------------
-
 class Explorer:
-    """Everything the explorer shows, computed when asked for and kept.
+    """Everything the explorer shows of a study, computed when asked for and kept.
 
-    ``stats`` were taken of the data set ``references``. ``datasets``: name -> images to choose from; ``prompts``:
-    name -> prompt templates; ``adapted``: name -> a model adapted to the task, where there is one to compare with.
+    ``datasets``: name -> test images to choose from, those of the study's own task first; ``absent``: tasks of the
+    profile whose images are not on this machine; ``places``: see :func:`scatter`.
     """
 
-    def __init__(self, clip: Clip, sae: SparseAutoencoder, stats: LatentStatistics, references, layer: int,
-                 datasets: dict, prompts: dict[str, list[str]], adapted: dict[str, Adapted] | None = None):
-        self.clip, self.sae, self.stats, self.references, self.layer = clip, sae, stats, references, layer
-        self.datasets, self.prompts, self.adapted = datasets, prompts, adapted or {}
+    def __init__(self, study: Study):
+        self.study, self.layer, self.clip, self.sae = study, study.layer, study.clip, study.sae
+        self.references, self.stats = study.train, study.stats
+        self.datasets, self.absent = {f"{study.profile.data.task}/test": study.test}, []
+        for task in study.profile.data.transfer:
+            try:
+                self.datasets[f"{task}/test"] = study.images(task, "test")
+            except FileNotFoundError:
+                self.absent.append(task)
         self.uploaded: np.ndarray | None = None
-        self.found = (stats.reference_rows >= 0).sum(1).numpy()
-        self.concepts, self.counts = reference_concepts(stats, references)
-        self.names = latent_names(self.concepts, self.counts, self.found)
-        self.places = _places(stats)
+        self.n_references = (self.stats.reference_rows >= 0).sum(1).numpy()
+        self.concepts, self.counts = reference_concepts(self.stats, self.references)
+        self.names = latent_names(self.concepts, self.counts, self.n_references)
+        self.places = scatter(self.stats)[0]
         # An image of the paper's size has 39 MB of latents, so few are kept.
         self.view = functools.lru_cache(4)(self._view)
-        self.text = functools.lru_cache(16)(self._text)
+        self.towers = functools.lru_cache(16)(self._towers)
         self.reference_views = functools.lru_cache(256)(self._reference_views)
         self.thumbnail = functools.lru_cache(1024)(self._thumbnail)
 
     def first_state(self) -> State:
         """Where the explorer starts: the first image, the patch on which its label's own latent is strongest."""
         name = next(iter(self.datasets))
-        view = self.view(name, 0)
-        counts = self.stats.class_counts
-        own = counts[view.label] - counts.sum(0) / len(counts) if view.label < len(counts) else view.h.mean(0).cpu()
-        latent = int(own.argmax())
-        row, column = divmod(int(view.h[1:self.clip.n_tokens, latent].argmax()), self.clip.grid)
+        view, counts = self.view(name, 0), self.stats.class_counts
+        known = 0 <= view.label < len(counts)
+        activity = counts[view.label] - counts.sum(0) / len(counts) if known else view.h[0].mean(0)
+        latent = int(activity.argmax())
+        row, column = divmod(int(self.heat(State(name, 0, latent=latent)).argmax()), self.clip.grid)
         place = np.nan_to_num(self.places[latent]).astype(int).tolist()
-        return State(name, 0, (row, column, row, column), label=max(view.label, 0), latent=latent, anchor=latent,
-                     box=(*place, *place))
+        return State(name, 0, (row, column, row, column), label=view.label if known else 0, latent=latent,
+                     anchor=latent, box=(*place, *place))
+
+    def warm(self) -> None:
+        """Compute what all visitors share."""
+        self.probabilities(self.first_state())
+        for dataset in self.datasets:
+            self.towers(self.task(dataset))
 
     def take(self, picture: np.ndarray) -> None:
         """Make a picture of one's own, uint8 ``[H,W,3]``, image 0 of ``UPLOAD``, in the place of the last one."""
-        self.uploaded = picture
+        self.uploaded = self.clip.crop(picture)
         self.view.cache_clear()
 
     def task(self, dataset: str) -> str:
-        """The data set whose classes and adapted model an image gets: its own, or the first for one's own picture."""
-        return next(iter(self.datasets)) if dataset == UPLOAD else dataset
+        """The task whose classes and adapted model an image gets: its own, or the study's for one's own picture."""
+        return self.study.profile.data.task if dataset == UPLOAD else dataset.removesuffix("/test")
 
     def class_names(self, dataset: str) -> tuple[str, ...]:
         """The classes that an image is told apart by."""
-        return self.datasets[self.task(dataset)].class_names
+        return self.datasets[f"{self.task(dataset)}/test"].class_names
 
-    def _text(self, task: str) -> list[torch.Tensor]:
-        """Class prompts of a data set, ``[C,P]``: CLIP's and, where there is one, the adapted model's."""
-        names = self.class_names(task)
-        own = class_prototypes(self.clip, names, self.prompts[task]).to(self.clip.device)
-        return [own, self.adapted[task].text(names)] if task in self.adapted else [own]
+    def _towers(self, task: str) -> list[Tower]:
+        """CLIP and, where it was trained before, the model adapted to a task."""
+        if self.clip.tokenizer is None:
+            return [Tower("CLIP", self.clip, None)]
+        names, adapted = self.class_names(task), trained_before(self.study, task)
+        towers = [Tower("CLIP", self.clip, self._text(names, templates(self.study.profile, task)))]
+        return towers + ([Tower("MaPLe", adapted.tower, adapted.text(names))] if adapted else [])
+
+    def _text(self, names: tuple[str, ...], wordings: list[str]) -> torch.Tensor:
+        """Text features of classes ``[C,P]``, kept in the profile's run folder: ImageNet's are of 80,000 prompts."""
+        key = result_key(1, model=fingerprint(self.clip), classes=names, wordings=wordings)
+        path = self.study.profile.run_dir / "text" / f"{key}.safetensors"
+        if not path.is_file():
+            save_tensors(path, {"text": class_prototypes(self.clip, names, wordings)})
+        return load_tensors(path, self.clip.device)["text"]
 
     @torch.no_grad()
     def _view(self, dataset: str, row: int) -> View:
         """Look at an image: everything below the cut happens here."""
-        if dataset == UPLOAD:
-            pixels, label = self.clip.pixels(self.uploaded).to(self.clip.device), -1
-        else:
-            batch = load_pixels(self.clip, self.datasets[dataset], [row])
-            pixels, label = batch.pixels, int(batch.labels[0])
-        z = self.clip.below(pixels, self.layer)
-        view = View(as_seen(self.clip, pixels)[0], label, z, self.sae.encode(z[0]))
-        if (task := self.task(dataset)) not in self.adapted:
-            return view
-        z = self.adapted[task].tower.below(pixels, self.layer)
-        return view._replace(adapted_z=z, adapted_h=self.sae.encode(z[0, :self.clip.n_tokens]))
+        item = Item(self.uploaded, -1, UPLOAD) if dataset == UPLOAD else self.datasets[dataset][row]
+        crops, pixels = seen(self.clip, [item.image])
+        towers = self.towers(self.task(dataset))
+        z = [tower.model.below(pixels, self.layer) for tower in towers]
+        # An adapted tower's prompt tokens, the last ones, are not part of the image.
+        h = [self.sae.encode(tokens[0, :self.clip.n_tokens]) for tokens in z]
+        return View(crops[0], item.label, towers, z, h)
 
-    def tokens(self, region) -> list[int]:
-        """Places in z of the patches of a region."""
-        top, left, bottom, right = region
-        return [1 + r * self.clip.grid + c for r in range(top, bottom + 1) for c in range(left, right + 1)]
-
-    def heat(self, state: State) -> np.ndarray:
+    def heat(self, state: State, tower: int = 0) -> np.ndarray:
         """The chosen latent on every patch of the image: ``[g,g]``."""
-        return self.patches(self.view(state.dataset, state.image).h, state.latent)
-
-    def patches(self, h: torch.Tensor, latent: int) -> np.ndarray:
-        """One latent of ``h [T,S]`` on the patches: ``[g,g]``."""
-        return h[1:self.clip.n_tokens, latent].unflatten(0, (self.clip.grid, self.clip.grid)).cpu().numpy()
+        h = self.view(state.dataset, state.image).h[tower][1:, state.latent]
+        return h.unflatten(0, (self.clip.grid, self.clip.grid)).cpu().numpy()
 
     # Lists of latents
 
     def listed(self, state: State) -> pd.DataFrame:
         """The latents of a scope, columns latent and value, first first; the values' meaning depends on the scope."""
-        view = self.view(state.dataset, state.image)
-        scopes = {"patch": lambda: view.h[self.tokens(state.region)].mean(0), "image": lambda: view.h.mean(0),
+        top, left, bottom, right = state.region
+        h, grid = self.view(state.dataset, state.image).h, self.clip.grid
+        patches = [1 + row * grid + column for row in range(top, bottom + 1) for column in range(left, right + 1)]
+        scopes = {"patch": lambda: h[0][patches].mean(0), "image": lambda: h[0].mean(0),
                   "class": lambda: self.stats.class_counts[state.label].float(),
                   "similar": lambda: self.similarity(state.anchor), "words": lambda: self.said(state.query),
-                  "scatter": lambda: self.near(state.box), "changed": lambda: self.change(view)}
+                  "scatter": lambda: self.near(state.box), "changed": lambda: h[-1].mean(0) - h[0].mean(0)}
         value = scopes[state.scope]().cpu()
         order = value.abs() if state.scope == "changed" else value
         latents = [s for s in strongest(order, LISTED) if order[s] > 0]
@@ -161,8 +177,7 @@ class Explorer:
     @torch.no_grad()
     def similarity(self, latent: int) -> torch.Tensor:
         """Cosine between the decoder row of a latent and every row: ``[S]``; itself comes first."""
-        rows = self.sae.W_dec
-        return (rows @ rows[latent]) / (rows.norm(dim=1) * rows[latent].norm())
+        return torch.cosine_similarity(self.sae.W_dec, self.sae.W_dec[latent:latent + 1])
 
     def said(self, query: str) -> torch.Tensor:
         """Share of each latent's reference images that show a concept whose name holds the words: ``[S]``.
@@ -173,12 +188,12 @@ class Explorer:
         parts = [name.lower().replace("(", " ").split() for name in self.concepts]
         columns = [i for i, part in enumerate(parts)
                    if words and all(any(p.startswith(word) for p in part) for word in words)]
-        best = self.counts[:, columns].max(1, initial=0) / np.maximum(self.found, 1)
+        share = self.counts[:, columns].max(1, initial=0) / np.maximum(self.n_references, 1)
         called = np.isin(self.names, [self.concepts[i] for i in columns])
-        best = best + 1e-6 * (called & (best > 0))  # among equals those of that name come first
-        if query.strip().isdigit() and int(query) < len(best):
-            best[int(query)] = 1
-        return torch.from_numpy(best)
+        share = share + 1e-6 * (called & (share > 0))  # among equals those of that name come first
+        if query.strip().isdecimal() and len(query) < 20 and int(query) < len(share):
+            share[int(query)] = 1
+        return torch.from_numpy(share)
 
     def near(self, box) -> torch.Tensor:
         """Latents of a box of the scatter, those nearest its middle first; all of them if the box is one cell.
@@ -191,47 +206,37 @@ class Explorer:
         distance = np.hypot(y - (top + bottom + 1) / 2, x - (left + right + 1) / 2)
         return torch.from_numpy(np.where(inside & np.isfinite(distance), 1 / (1 + distance), 0.0))
 
-    def change(self, view: View) -> torch.Tensor:
-        """Image-level activation with the adapted tower less that with CLIP: ``[S]``; 0 where there is none."""
-        if view.adapted_h is None:
-            return torch.zeros(self.sae.n_latents)
-        return view.adapted_h.mean(0) - view.h.mean(0)
-
     # One latent
 
     @torch.no_grad()
     def _reference_views(self, latent: int) -> References:
         """Look at the reference images of a latent, checked by their ids."""
-        n, g = int(self.found[latent]), self.clip.grid
-        if n == 0:
-            size = self.clip.image_size
-            return References(np.zeros((0, size, size, 3), np.uint8), np.zeros((0, g, g), np.float32), [])
-        batch = load_pixels(self.clip, self.references, self.stats.reference_rows[latent, :n].tolist())
-        if batch.ids != self.stats.reference_ids[latent][:n].tolist():
-            raise ValueError(f"The reference images of latent {latent} are other images in this data set; use the "
-                             "data set that the statistics were taken of.")
-        z = self.clip.below(batch.pixels, self.layer)[:, 1:self.clip.n_tokens]
-        heats = self.sae.encode_some(z, latent).unflatten(1, (g, g)).cpu().numpy()
-        return References(as_seen(self.clip, batch.pixels), heats, batch.labels.tolist())
+        images, grid = references(self.stats, self.references, latent), self.clip.grid
+        if not images:
+            return References([], [], [])
+        crops, pixels = seen(self.clip, images)
+        z = self.clip.below(pixels, self.layer)[:, 1:self.clip.n_tokens]
+        heats = self.sae.encode_some(z, latent).unflatten(1, (grid, grid)).cpu().numpy()
+        return References(crops, heats, self.stats.reference_labels[latent, :len(images)].tolist())
 
     def _thumbnail(self, latent: int) -> np.ndarray:
         """The strongest image of a latent, uint8 ``[H,W,3]``; grey if there is none."""
-        if self.found[latent] == 0:
+        if self.n_references[latent] == 0:
             return np.full((self.clip.image_size, self.clip.image_size, 3), 208, np.uint8)
-        row = int(self.stats.reference_rows[latent, 0])
-        return as_seen(self.clip, load_pixels(self.clip, self.references, [row]).pixels)[0]
+        return self.clip.crop(self.references[int(self.stats.reference_rows[latent, 0])].image)
 
-    def label_histogram(self, latent: int) -> pd.Series:
-        """How many of the reference images have each label: class name -> count, most first."""
-        labels = self.stats.reference_labels[latent][:int(self.found[latent])].tolist()
-        return pd.Series([self.references.class_names[label] for label in labels], dtype=object).value_counts()
+    def label_bars(self, latent: int) -> list[tuple[str, float, str]]:
+        """How many of the reference images have each label, most first: class name, share, the share in words."""
+        n, names = int(self.n_references[latent]), self.references.class_names
+        labels = pd.Series(self.stats.reference_labels[latent][:n].tolist(), dtype=int)
+        return [(names[label], count / n, f"{count} of {n}") for label, count in labels.value_counts().items()]
 
-    def top_classes(self, latent: int, k: int = 5) -> pd.Series:
-        """Classes by the share of the latent's active tokens that lie on their images (eq. 5)."""
-        counts = self.stats.class_counts[:, latent].double()
-        top = [c for c in strongest(counts, k) if counts[c] > 0]
-        names = [self.references.class_names[c] for c in top]
-        return pd.Series((counts[top] / counts.sum()).numpy(), index=names)
+    def class_bars(self, latent: int, k: int) -> list[tuple[str, float, str]]:
+        """The k classes on whose images most of the latent's active tokens lie (eq. 5): class name, tokens in multiples
+        of the first's, their share of all in words."""
+        counts, names = self.stats.class_counts[:, latent].double(), self.references.class_names
+        return [(names[c], float(counts[c] / counts.max()), f"{counts[c] / counts.sum():.1%}")
+                for c in strongest(counts, k) if counts[c] > 0]
 
     # Switching latents off
 
@@ -250,73 +255,44 @@ class Explorer:
     def probabilities(self, state: State) -> pd.DataFrame:
         """Zero-shot probabilities of the data set's classes, before and after the factors.
 
-        Columns class, before, after; with an adapted model also adapted_before and adapted_after.
+        Columns class, before, after; with an adapted model also adapted_before and adapted_after; no rows without a
+        text tower.
         """
-        view, (text, *adapted) = self.view(state.dataset, state.image), self.text(self.task(state.dataset))
-        table = {"class": self.class_names(state.dataset)} | self._before_after(self.clip, view.z, view.h, text, state)
-        if adapted:
-            tower = self.adapted[self.task(state.dataset)].tower
-            both = self._before_after(tower, view.adapted_z, view.adapted_h, adapted[0], state)
-            table |= {f"adapted_{name}": value for name, value in both.items()}
+        view = self.view(state.dataset, state.image)
+        if view.towers[0].text is None:
+            return pd.DataFrame(columns=["class", "before", "after"])
+        table = {"class": self.class_names(state.dataset)}
+        for prefix, tower, z, h in zip(("", "adapted_"), view.towers, view.z, view.h):
+            # One by one: in a batch equal images may get sums that are rounded differently.
+            for name, tokens in (("before", z), ("after", self.edited(z, h, state.factors))):
+                logits = tower.model.logits(tower.model.above(tokens, self.layer), tower.text)
+                table[prefix + name] = logits.softmax(1)[0].cpu().numpy()
         return pd.DataFrame(table)
-
-    def _before_after(self, tower, z, h, text, state: State) -> dict[str, np.ndarray]:
-        """Probabilities of one tower from z as it is and edited.
-
-        One by one: in a batch equal images may get sums that are rounded differently.
-        """
-        both = {"before": z, "after": self.edited(z, h, state.factors)}
-        return {name: tower.logits(tower.above(tokens, self.layer), text).softmax(1)[0].cpu().numpy()
-                for name, tokens in both.items()}
 
     def table(self, state: State) -> pd.DataFrame:
         """What is listed with everything known of it, for a csv file."""
         listed = self.listed(state)
-        own = self.stats.table().set_index("latent").loc[listed["latent"]].reset_index(drop=True)
+        statistics = self.stats.table().set_index("latent").loc[listed["latent"]].reset_index(drop=True)
         names = [self.names[s] for s in listed["latent"]]
         factors = listed["latent"].map(dict(state.factors)).fillna(1.0)
-        return pd.concat([listed.assign(name=names, factor=factors), own], axis=1)
+        return pd.concat([listed.assign(name=names, factor=factors), statistics], axis=1)
 
 
-def _places(stats: LatentStatistics) -> np.ndarray:
-    """Where latents lie in the scatter of log10 activation and log10 frequency, in cells from the top left: ``[S,2]``.
-
-    Latents that never fire are nowhere: NaN.
-    """
-    x0, x1, y0, y1 = scatter_limits(stats)
-    with np.errstate(divide="ignore"):
-        x, y = (np.log10(t.double().numpy()) for t in (stats.frequency, stats.mean_activation))
-    place = np.stack([(y1 - y) / (y1 - y0) * CELLS[0], (x - x0) / (x1 - x0) * CELLS[1]], 1)
-    return np.where(np.isfinite(place), place, np.nan)
-
-
-def scatter_limits(stats: LatentStatistics) -> tuple[float, float, float, float]:
-    """Limits of the scatter in log10 units: frequency from and to, activation from and to."""
-    alive = (stats.frequency > 0) & (stats.mean_activation > 0)
-    if not alive.any():
-        return -1.0, 0.0, -1.0, 0.0
-    logs = [t[alive].double().log10() for t in (stats.frequency, stats.mean_activation)]
-    return tuple(float(edge) for log in logs for edge in (log.min() - 0.1, log.max() + 0.1))
+def scatter(stats: LatentStatistics) -> tuple[np.ndarray, list[float]]:
+    """Where latents lie in the scatter of log10 frequency and log10 activation, in cells from the top left, ``[S,2]``:
+    NaN where they never fire; and the limits of the scatter: frequency from and to, activation from and to."""
+    logs = torch.stack([stats.frequency, stats.mean_activation]).double().log10().numpy()
+    alive = logs[:, np.isfinite(logs).all(0)]
+    low, high = (alive.min(1) - 0.1, alive.max(1) + 0.1) if alive.size else (np.full(2, -1.0), np.zeros(2))
+    x, y = (logs - low[:, None]) / (high - low)[:, None]
+    place = np.stack([(1 - y) * CELLS[0], x * CELLS[1]], 1)
+    return np.where(np.isfinite(place), place, np.nan), [low[0], high[0], low[1], high[1]]
 
 
-def open_explorer(profile: Profile) -> Explorer:
-    """The explorer of a profile: its model, autoencoder and statistics, its tasks' test images to choose from, and
-    the models adapted to these tasks that were trained before."""
-    study, datasets, prompts, adapted = Study(profile), {}, {}, {}
-    for task in (profile.data.task, *profile.data.transfer):
-        name = f"{task}/test"
-        try:
-            datasets[name], prompts[name] = study.images(task, "test"), templates(profile, task)
-            adapted |= {name: model} if (model := _adapted(study, task)) else {}
-        except FileNotFoundError:  # images of other tasks are there to choose from if they are there
-            if task == profile.data.task:
-                raise
-    return Explorer(study.clip, study.sae, study.stats, study.train, study.layer, datasets, prompts, adapted)
-
-
-def _adapted(study: Study, task: str) -> Adapted | None:
+def trained_before(study: Study, task: str) -> Adapted | None:
     """MaPLe on the base classes of a task, if it was trained before: nobody waits for that here."""
-    if not study.profile.adaptation.seeds or study.clip.tokenizer is None:
+    if task not in study.profile.adaptation.tasks:
         return None
     recipe = Recipe(study, task, "maple", study.profile.adaptation.seeds[0])
-    return adapted_model(recipe) if kept_folder(recipe) else None
+    with contextlib.suppress(FileNotFoundError):  # there may be no training images of a task that one looks at
+        return adapted_model(recipe) if kept_folder(recipe) else None

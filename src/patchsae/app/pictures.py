@@ -1,6 +1,6 @@
 """Pictures of the explorer: what it shows as a figure, and the scatter that is clicked on."""
 
-import io
+import functools
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -8,34 +8,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from patchsae.app.explorer import Explorer, masked_image, scatter_limits
+from patchsae.app.explorer import NO_TEXT, Explorer, masked_image, scatter
 from patchsae.app.state import State
-from patchsae.figures.canvas import (
-    BLUE,
-    GAP,
-    GREY,
-    INK,
-    PAGE,
-    PALE,
-    RED,
-    frame_patch,
-    heat_map,
-    new_figure,
-    paragraph,
-    picture,
-    place,
-    write,
-)
+from patchsae.figures import canvas, latents
+from patchsae.figures.canvas import BLUE, GAP, GREY, INK, PAGE, RED, new_figure, picture, place, write
 
 #: Inches of the clickable scatter: width, height, then left, top, width and height of the axes.
 SCATTER = (5.0, 3.5, 0.5, 0.06, 3.85, 2.98)
+#: How many latents a sheet shows, and how many reference images of each.
+SHOWN = 6
 
 
-def explorer_sheet(explorer: Explorer, state: State, latents: int = 6, references: int = 6) -> Figure:
+def explorer_sheet(explorer: Explorer, state: State) -> Figure:
     """What the explorer shows: the image, its latents with their maps and reference images, the probabilities."""
-    view, listed = explorer.view(state.dataset, state.image), explorer.listed(state)[:latents]
+    view, listed = explorer.view(state.dataset, state.image), explorer.listed(state)[:SHOWN]
     size, left, start = 0.52, 1.86, 2.7
-    figure = new_figure(PAGE, 0.3 + max(6, len(listed)) * (size + 0.07), layout=None)
+    figure = new_figure(PAGE, 0.3 + SHOWN * (size + 0.07), layout=None)
     write(figure, 0.02, 0.04, f"{state.dataset} {state.image}", weight="bold")
     shown = masked_image(view.image, explorer.heat(state), state.threshold) if state.mask else view.image
     _frame_region(picture(figure, 0.02, 0.22, 1.6, shown), view.image, state.region, explorer.clip.grid)
@@ -46,11 +34,11 @@ def explorer_sheet(explorer: Explorer, state: State, latents: int = 6, reference
         top = 0.22 + row * (size + 0.07)
         colour = RED if latent == state.latent else INK
         write(figure, left, top + 0.03, f"{latent}  {value:.3g}", weight="bold", color=colour)
-        paragraph(figure, left, top + 0.16, explorer.names[latent].replace(" (", ", ("))
+        canvas.paragraph(figure, left, top + 0.16, explorer.names[latent].replace(" (", ", ("))
         heat = explorer.heat(replace(state, latent=latent))
-        heat_map(picture(figure, start, top, size, view.image), heat)
+        canvas.heat_map(picture(figure, start, top, size, view.image), heat)
         seen = explorer.reference_views(latent)
-        for column, (image, heat) in enumerate(zip(seen.images[:references], seen.heats)):
+        for column, (image, heat) in enumerate(zip(seen.images[:SHOWN], seen.heats)):
             image = masked_image(image, heat, state.threshold) if state.mask else image
             picture(figure, start + size + 0.15 + column * (size + GAP), top, size, image)
     return figure
@@ -59,18 +47,19 @@ def explorer_sheet(explorer: Explorer, state: State, latents: int = 6, reference
 def _frame_region(axes, image: np.ndarray, region, grid: int) -> None:
     """Lines between the patches, and a frame round the chosen ones."""
     top, left, bottom, right = region
-    side = len(image) / grid
-    axes.vlines(np.arange(1, grid) * side, 0, len(image), color="white", lw=0.3, alpha=0.6)
-    axes.hlines(np.arange(1, grid) * side, 0, len(image), color="white", lw=0.3, alpha=0.6)
+    canvas.patch_lines(axes, grid, 0.3)
     if (top, left) == (bottom, right):
-        frame_patch(axes, image, (top, left), grid)
+        canvas.frame_patch(axes, image, (top, left), grid)
     else:
+        side = len(image) / grid
         x, y = [left * side, (right + 1) * side], [top * side, (bottom + 1) * side]
         axes.plot([x[0], x[1], x[1], x[0], x[0]], [y[0], y[0], y[1], y[1], y[0]], color=RED, lw=1.2)
 
 
 def _probability_bars(figure: Figure, table: pd.DataFrame, edited: bool) -> None:
     """The likeliest classes, before in grey and, where latents were changed, after in blue."""
+    if table.empty:
+        return canvas.paragraph(figure, 0.02, 1.98, NO_TEXT.replace("; ", ", "))
     best = table.loc[table[["before", "after"]].max(axis=1).sort_values(ascending=False, kind="stable").index[:5]]
     axes = place(figure, 0.74, 2.2, 0.88, 1.3)
     places = np.arange(len(best))
@@ -84,21 +73,17 @@ def _probability_bars(figure: Figure, table: pd.DataFrame, edited: bool) -> None
     write(figure, 0.02, 1.98, title, color=GREY)
 
 
+@functools.lru_cache(1)
 def scatter_picture(explorer: Explorer) -> tuple[bytes, list[float]]:
     """All latents by frequency and activation, coloured by label entropy: a png file, and where in it the axes lie,
     as shares of its width and height (left, top, width, height)."""
     width, height, *box = SCATTER
-    figure, (x0, x1, y0, y1) = new_figure(width, height, layout=None), scatter_limits(explorer.stats)
+    figure, (x0, x1, y0, y1) = new_figure(width, height, layout=None), scatter(explorer.stats)[1]
     axes, table = place(figure, *box), explorer.stats.table()
-    alive = table[(table["frequency"] > 0) & (table["mean_activation"] > 0)].sort_values("label_entropy")
-    x, y = np.log10(alive["frequency"]), np.log10(alive["mean_activation"])
-    size = np.clip(9000 / max(1, len(alive)), 1, 9)
-    axes.scatter(x, y, s=size, color=PALE, linewidths=0)
-    points = axes.scatter(x, y, c=alive["label_entropy"], s=size, linewidths=0)
-    axes.set(xlim=(x0, x1), ylim=(y0, y1), xlabel="$\\log_{10}$ frequency", ylabel="$\\log_{10}$ mean activation")
+    points = latents.scatter(axes, table, "label_entropy", table["label_entropy"].max())
+    axes.set(xlim=(x0, x1), ylim=(y0, y1))
     bar = place(figure, box[0] + box[2] + 0.12, box[1], 0.09, box[3])
     figure.colorbar(points, cax=bar, label="label entropy").outline.set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
+    drawn = canvas.png(figure)
     plt.close(figure)
-    return buffer.getvalue(), [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
+    return drawn, [box[0] / width, box[1] / height, box[2] / width, box[3] / height]

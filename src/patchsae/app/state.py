@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, fields
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from patchsae.data.images import rgb
 
 #: The data set that holds nothing but the picture a user gave.
 UPLOAD = "your picture"
-#: What an uploaded picture may be at most; both are checked before a pixel is decoded.
-MAX_BYTES, MAX_PIXELS = 8 * 2**20, 24_000_000
+#: What an uploaded picture may have at most: bytes, pixels, pixels a side. All are checked before a pixel is decoded.
+MAX_BYTES, MAX_PIXELS, MAX_SIDE = 8 * 2**20, 24_000_000, 20_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 #: Which latents are listed, in the order of the explorer's choices.
 SCOPES = {"patch": "selected patches", "image": "whole image", "class": "a class", "words": "words",
@@ -75,24 +77,19 @@ def decode_picture(data: bytes) -> np.ndarray:
     if len(data) > MAX_BYTES:
         raise ValueError(f"The picture has {len(data) / 2**20:.1f} MB, the limit is {MAX_BYTES // 2**20} MB; "
                          "choose a smaller file.")
-    image, (width, height) = _opened(data)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"The picture has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS // 10**6} "
-                         "megapixels; choose a smaller one.")
-    try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception:  # a hostile file can make a decoder fail in any way
-        raise ValueError("The picture is damaged and cannot be decoded; choose another file.") from None
-
-
-def _opened(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture of which only the head was read, and its width and height."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = None  # ours is lower, and says what to do
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        return image, image.size
     except Exception:
         raise ValueError(f"The file is not a picture that can be read; choose one of {', '.join(FORMATS)}.") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"The picture has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS // 10**6} "
+                         f"megapixels and {MAX_SIDE:,} pixels a side; choose a smaller one.")
+    try:
+        return rgb(image)
+    except Exception:  # a hostile file can make a decoder fail in any way
+        raise ValueError("The picture is damaged and cannot be decoded; choose another file.") from None

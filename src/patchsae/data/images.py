@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from patchsae.data.hashes import file_hashes
 
@@ -48,20 +48,25 @@ def hash_of(content: list) -> str:
 
 
 def rgb(image: Image.Image) -> np.ndarray:
-    """The first frame of an image as uint8 ``[H, W, 3]``; of 16 bits the upper 8, transparency left out."""
-    if image.mode.startswith(("I", "F")):
-        deep = np.asarray(image).astype(np.float64)
-        grey = (deep / 256 if image.mode.startswith("I") and deep.max() > 255 else deep).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    """The first frame of an image, upright, as uint8 ``[H, W, 3]``; of 16 bits the upper 8, transparency left out."""
+    image.load()  # damage is an error here; after one that was passed over, the rest would be black
+    with contextlib.suppress(Exception):  # damaged notes of a camera turn nothing
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith(("I", "F")):
+        return np.array(image.convert("RGB"))
+    grey = np.asarray(image)
+    if not np.isfinite(grey).all():
+        raise ValueError("The image has pixels that are not finite.")
+    if image.mode.startswith("I") and grey.max() > 255:
+        grey = grey >> 8
+    return np.repeat(grey.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def read_image(source: Path | bytes, name: str | Path) -> np.ndarray:
     """Decode a file, or its bytes, to uint8 ``[H, W, 3]``, upright; ``name`` is what an error calls it."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            with contextlib.suppress(Exception):  # damaged notes of a camera turn nothing
-                ImageOps.exif_transpose(image, in_place=True)
             return rgb(image)
     except Exception as error:  # every decoder has errors of its own for damaged bytes
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
