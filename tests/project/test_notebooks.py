@@ -52,13 +52,21 @@ def git(folder: Path, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def python(folder: Path, *arguments: str) -> str:
+def python(folder: Path, profile: str, *arguments: str) -> str:
     """What an interpreter says with the code and the data of a folder."""
-    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PROFILE": "mini", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PROFILE": profile, "OMP_NUM_THREADS": "1"}
     environment.pop("PATCHSAE_HOME", None)
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def run_all(folder: Path, profile: str) -> str:
+    """Run every notebook; none may be left out."""
+    said = python(folder, profile, "-c", RUN)
+    notebooks = sorted(path.stem for path in folder.glob("notebooks/*.ipynb"))
+    assert re.findall(r"^DONE: (\S+)", said, re.M) == notebooks and "LEFT OUT" not in said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +86,31 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [
-    {"l1": "3.9e-3"},
-    {"l1": "4.3e-4", "layer": "-3", "expansion": "3.5"},
-], ids=["lambda x 3", "lambda x 0.3, layer - 3, width x 2"])
-def test_every_notebook_follows_other_settings_and_reset_puts_all_back(checkout, settings):
-    """The profile itself is changed: committed tables stay as they are, results go to its run folder and figures."""
+def changes(folder: Path) -> list[str]:
+    """Files that git finds changed or new."""
+    return [line[3:] for line in git(folder, "status", "--porcelain")]
+
+
+def test_notebooks_follow_other_settings_of_a_committed_profile(checkout):
+    """Lambda x 3: committed tables are shown as they are and stay; results go to the run folder and the figures."""
     file = checkout / "src/patchsae/profiles/mini.toml"
     before = file.read_text(encoding="utf-8")
-    file.write_text(bounds_left_out(changed(before, SMALL | settings)), encoding="utf-8")
-    said = python(checkout, "-c", RUN)
-    notebooks = sorted(path.stem for path in checkout.glob("notebooks/*.ipynb"))
-    assert re.findall(r"^DONE: (\S+)", said, re.M) == notebooks and "LEFT OUT" not in said
-    assert "shown as it is" in said  # committed tables of other settings say so
-    touched = [line[3:] for line in git(checkout, "status", "--porcelain")]
-    assert touched and all(name.startswith(("figures/mini/", "src/patchsae/profiles/mini.toml")) for name in touched)
-    python(checkout, "-m", "patchsae", "reset", "--yes")
-    assert [line[3:] for line in git(checkout, "status", "--porcelain")] == ["src/patchsae/profiles/mini.toml"]
+    file.write_text(bounds_left_out(changed(before, SMALL | {"l1": "3.9e-3"})), encoding="utf-8")
+    assert "shown as it is" in run_all(checkout, "mini")
+    assert all(name.startswith(("figures/mini/", "src/patchsae/profiles/mini.toml")) for name in changes(checkout))
+    assert len(changes(checkout)) > 20
+    python(checkout, "mini", "-m", "patchsae", "reset", "--yes")
+    assert changes(checkout) == ["src/patchsae/profiles/mini.toml"] and not (checkout / "data/mini/run").exists()
     file.write_text(before, encoding="utf-8")
-    assert not (checkout / "data/mini/run").exists() and not git(checkout, "status", "--porcelain")
+
+
+def test_notebooks_follow_a_copy_of_a_profile(checkout):
+    """Lambda x 0.3, layer - 3 and width x 2 in a profile of the project's own: nothing committed is touched."""
+    text = (checkout / "src/patchsae/profiles/mini.toml").read_text(encoding="utf-8")
+    other = SMALL | {"l1": "4.3e-4", "layer": "-3", "expansion": "3.5"}
+    (checkout / "profiles").mkdir()
+    (checkout / "profiles/mine.toml").write_text(bounds_left_out(changed(text, other)), encoding="utf-8")
+    run_all(checkout, "mine")
+    assert len(list((checkout / "figures/mine").glob("*.png"))) > 40
+    python(checkout, "mine", "-m", "patchsae", "reset", "--yes")
+    assert not changes(checkout) and not (checkout / "figures/mine").exists() and not (checkout / "data/mine").exists()
