@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from patchsae.app.explorer import NO_TEXT, Explorer, masked_image, scatter
 from patchsae.app.state import State
-from patchsae.figures import canvas, latents
+from patchsae.figures import autoencoder, canvas
 from patchsae.figures.canvas import BLUE, GAP, GREY, INK, PAGE, RED, new_figure, picture, place, write
 
 #: Inches of the clickable scatter: width, height, then left, top, width and height of the axes.
@@ -80,7 +80,7 @@ def scatter_picture(explorer: Explorer) -> tuple[bytes, list[float]]:
     width, height, *box = SCATTER
     figure, (x0, x1, y0, y1) = new_figure(width, height, layout=None), scatter(explorer.stats)[1]
     axes, table = place(figure, *box), explorer.stats.table()
-    points = latents.scatter(axes, table, "label_entropy", table["label_entropy"].max())
+    points = autoencoder.scatter(axes, table, "label_entropy")
     axes.set(xlim=(x0, x1), ylim=(y0, y1))
     bar = place(figure, box[0] + box[2] + 0.12, box[1], 0.09, box[3])
     figure.colorbar(points, cax=bar, label="label entropy").outline.set_visible(False)

@@ -1,4 +1,4 @@
-"""Figures of top-k latent masking (sec. 4.1): accuracy against k, paired differences, predictions of single images."""
+"""Figures of top-k latent masking (secs. 4.1, 4.2): accuracy against k, paired differences, single images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,21 +8,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from patchsae.figures.canvas import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PAGE,
-    PURPLE,
-    RED,
-    SKY,
-    filled,
-    need,
-    new_figure,
-    resampled,
-)
+from patchsae.figures import canvas
+from patchsae.figures.canvas import BLUE, DASHES, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, filled, needs
 from patchsae.figures.charts import Look, colour_bar, lines, one_legend, panels, percent
 
 #: Selection -> how it is drawn.
@@ -40,21 +27,18 @@ MODES = {"on": "only the top k latents kept", "off": "the top k latents removed"
 MOST_CLASSES, IMAGE_DOTS = 6, 192
 
 
-def masking_curves(table: pd.DataFrame, chance: float | None = None) -> Figure:
-    """Fig. 5b: accuracy with only the top k latents on, and with the top k off, a line per selection.
-
-    ``table``: columns selection, mode, k, accuracy, low, high; bands are intervals. Values of k are evenly spaced.
-    """
-    need(table, "masking", "selection", "mode", "k", "accuracy", "low", "high")
-    figure, axes = mode_panels(table, 2.4, "accuracy", "selection", LOOKS)
-    original, spliced = (table.loc[table["mode"] == mode, "accuracy"].iloc[0] for mode in ("original", "spliced"))
-    for panel in axes:
-        panel.axhline(original, color=INK, lw=0.7, zorder=1, label="original")
-        if spliced != original:
-            panel.axhline(spliced, color=INK, lw=0.7, zorder=1, ls=(0, (3, 2)), label="spliced")
-        if chance:
-            panel.axhline(chance, color=GREY, lw=0.7, zorder=1, ls=(0, (1, 2)), label="chance")
-    axes[0].set(ylabel="zero-shot accuracy", ylim=(0, None))
+@needs("selection", "mode", "k", "accuracy", "low", "high")
+def masking_curves(table: pd.DataFrame, chance: float) -> Figure:
+    """Fig. 5b: accuracy with only the top k latents on, and with these off, a line per selection, beside original and
+    spliced."""
+    figure = _k_panels(table, "mode", "accuracy", ("selection", LOOKS), "zero-shot accuracy", height=2.4, sharey=True)
+    levels = table.drop_duplicates("mode").set_index("mode")["accuracy"]
+    for panel in figure.axes:
+        panel.axhline(levels["original"], color=INK, lw=0.7, zorder=1, label="original")
+        if levels["spliced"] != levels["original"]:
+            panel.axhline(levels["spliced"], color=INK, lw=0.7, zorder=1, ls=DASHES, label="spliced")
+        panel.axhline(chance, color=GREY, lw=0.7, zorder=1, ls=(0, (1, 2)), label="chance")
+        panel.set_ylim(0, None)
     one_legend(figure, ncols=4)
     return figure
 
@@ -65,54 +49,68 @@ def masking_differences(tables: Mapping[str, pd.DataFrame]) -> Figure:
     ``tables``: name of the control's selection -> columns mode, k, difference, low, high.
     """
     table = pd.concat(filled(dict(tables), "controls"), names=["selection"]).reset_index(level=0)
-    need(table, "difference", "mode", "k", "difference", "low", "high")
-    figure, axes = mode_panels(table, 1.9, "difference", "selection", LOOKS, sharey=False)
-    for panel in axes:
+    figure = _k_panels(table, "mode", "difference", ("selection", LOOKS), "class-level minus control", height=1.9)
+    for panel in figure.axes:
         panel.axhline(0, color=INK, lw=0.6)
-    axes[0].set_ylabel("class-level minus control")
     one_legend(figure, ncols=4, title="control")
     return figure
 
 
-def mode_panels(table: pd.DataFrame, height: float, value: str, column: str, looks: Mapping[str, Look],
-                sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    """Two panels, latents kept and latents removed: a share against k, a line for each value of a column."""
-    figure, axes = panels(MODES.values(), height, sharey=sharey)
-    for panel, mode in zip(axes.values(), MODES):
-        k_lines(panel, table[table["mode"] == mode], value, column, looks)
-    return figure, list(axes.values())
+@needs("classifies", "mode", "k", "accuracy", "low", "high")
+def side_curves(table: pd.DataFrame, by: str, first: str) -> Figure:
+    """Figs. 5c, 11, 15 and 16: accuracy against k, a line per (whose latents or autoencoder, which model classifies).
+
+    ``by``: "task" or "mode", a panel for each; ``first``: "selects" or "autoencoder". "clip" and "adapted" are sides.
+    """
+    names = {"clip": "CLIP", "adapted": "MaPLe"}
+    what = "latents" if first == "selects" else "autoencoder"
+    looks = {f"{one}, {two}": Look(f"{what} of {names[one]}, classified by {names[two]}", colour, marker, dashes)
+             for two, colour in (("clip", ORANGE), ("adapted", BLUE))
+             for one, marker, dashes in (("clip", "o", ""), ("adapted", "s", (3, 1.5)))}
+    table = table.assign(sides=table[first] + ", " + table["classifies"])
+    height, rotation = (2.1, 0) if by == "mode" else (1.5, 90)
+    figure = _k_panels(table, by, "accuracy", ("sides", looks), "accuracy", height=height, columns=3, sharey=True)
+    for panel in figure.axes:
+        panel.tick_params(axis="x", labelrotation=rotation)
+        panel.set_ylim(0, 1.02)
+    one_legend(figure, ncols=2)
+    return figure
 
 
-def k_lines(panel: Axes, rows: pd.DataFrame, value: str, column: str, looks: Mapping[str, Look]) -> None:
-    """A share against k, evenly spaced; the largest k is all latents."""
-    rows = rows.sort_values("k", kind="stable")
-    lines(panel, rows.assign(k=k_labels(rows["k"])), "k", value, column, looks)
-    panel.set_ylabel("")
-    percent(panel.yaxis)
+def _k_panels(table: pd.DataFrame, by: str, value: str, series: tuple[str, Mapping[str, Look]], label: str,
+              **layout) -> Figure:
+    """A share against k up to all latents: a panel for each value of ``by``, a line for each of a column with looks."""
+    titles = MODES if by == "mode" else {name: name for name in table[by]}
+    figure, axes = panels(titles.values(), **layout)
+    for name, panel in zip(titles, axes.values()):
+        rows = table[table[by] == name].sort_values("k", kind="stable")
+        lines(panel, rows.assign(k=_in_words(rows["k"])), "k", value, *series)
+        panel.set_ylabel(label if panel.get_subplotspec().is_first_col() else "")
+        percent(panel.yaxis)
+    return figure
 
 
-def k_labels(ks: Sequence[int]) -> list[str]:
-    """Numbers of latents in words."""
-    return [f"{k:,}" if k < max(ks) else "all" for k in ks]
+def _in_words(ks: pd.Series) -> list[str]:
+    return [f"{k:,}" if k < ks.max() else "all" for k in ks]
 
 
+@needs("id", "label", "mode", "k", "logits")
 def prediction_maps(rows: pd.DataFrame, pictures: Mapping[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """Fig. 6, right: what single images are taken for with their top k latents on; first original, last all.
 
-    ``rows``: columns id, label, mode, k, logits of one selection; ``pictures``: id -> uint8 ``[H,W,3]``. Colour is
-    the class's probability, the dot is the prediction, the true class is bold.
+    Colour is the class's probability, the dot is the prediction, the true class is bold. ``pictures``: id -> uint8
+    ``[H,W,3]``.
     """
-    need(rows, "prediction", "id", "label", "mode", "k", "logits")
     height = -(-len(filled(pictures, "images")) // 2)
-    figure = new_figure(PAGE, 0.35 + 1.22 * height)
+    figure = canvas.new_figure(canvas.PAGE, 0.35 + 1.22 * height)
     axes = figure.subplots(height, 4, width_ratios=(1, 2.6, 1, 2.6), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
+    shown = rows[rows["mode"].isin(["original", "on"])].drop_duplicates(["id", "mode", "k"]).sort_values("k")
     for (image, heat), (id, picture) in zip(axes.reshape(-1, 2), pictures.items()):
-        mine = rows[(rows["id"] == id) & rows["mode"].isin(["original", "on"])].drop_duplicates(["mode", "k"])
-        image.imshow(picture if max(picture.shape) <= IMAGE_DOTS else resampled(picture, IMAGE_DOTS),
+        image.imshow(picture if max(picture.shape) <= IMAGE_DOTS else canvas.resampled(picture, IMAGE_DOTS),
                      interpolation="none")
-        _prediction_map(heat, mine.sort_values("k"), class_names)
+        _prediction_map(heat, shown[shown["id"] == id], class_names)
     colour_bar(figure, heat.collections[0], axes, "probability")
     return figure
 
@@ -120,14 +118,13 @@ def prediction_maps(rows: pd.DataFrame, pictures: Mapping[str, np.ndarray], clas
 def _prediction_map(panel: Axes, rows: pd.DataFrame, class_names: Sequence[str]) -> None:
     """One image of :func:`prediction_maps`: classes that win under some k, and the true one, against k."""
     logits = np.stack(rows["logits"].to_list()).T
-    share = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
-    wins, truth = share.argmax(0), int(rows["label"].iloc[0])
-    classes = [truth, *dict.fromkeys(c for c in wins[::-1] if c != truth)][:MOST_CLASSES]
-    others = [c for c in np.argsort(-share.max(1), kind="stable") if c not in classes]
-    classes += others[:MOST_CLASSES - len(classes)]
+    share = np.exp(logits - logits.max(0))
+    share /= share.sum(0)
+    wins, likeliest = share.argmax(0), np.argsort(-share.max(1), kind="stable")
+    classes = list(dict.fromkeys([rows["label"].iloc[0], *wins[::-1], *likeliest]))[:MOST_CLASSES]
     panel.axis("on")
     sns.heatmap(share[classes], vmin=0, vmax=1, cmap="viridis", cbar=False, rasterized=True, ax=panel,
-                xticklabels=["original", *k_labels(rows["k"].iloc[1:])], yticklabels=[class_names[c] for c in classes])
+                xticklabels=["original", *_in_words(rows["k"].iloc[1:])], yticklabels=[class_names[c] for c in classes])
     for column, winner in enumerate(wins):
         if winner in classes:
             colour = "white" if share[winner, column] < 0.6 else INK

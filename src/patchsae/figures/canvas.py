@@ -1,20 +1,28 @@
-"""What every figure is made of: the style, how a figure becomes a png, and pictures and texts placed in inches.
+"""What every figure is made of: the style, how it becomes files, and pictures and texts placed in inches.
 
 Importing this room sets the style, so a notebook's own plots look like its figures.
 """
 
+import functools
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
+
+from patchsae import config
+from patchsae.weights.files import write_atomically
 
 #: Inches: the width of a page (a column is 3.25), and the space between two pictures.
 PAGE, GAP = 6.75, 0.04
@@ -26,6 +34,7 @@ CHART_DPI, SHEET_DPI, NOTEBOOK = 200, 240, 2
 PALETTE_ERROR = 10
 BLUE, ORANGE, GREEN, RED, PURPLE, *_, SKY = sns.color_palette("colorblind").as_hex()
 INK, GREY, PALE = "#222222", "#777777", "#d0d0d0"
+DASHES = 0, (3, 2)
 
 # seaborn's "paper" has letters of 9.6 points; on a page of this width they are 7.
 sns.set_theme({name: 7 / 9.6 * size for name, size in sns.plotting_context("paper").items()}, "ticks", "colorblind",
@@ -66,10 +75,47 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
     dpi = CHART_DPI if layout else SHEET_DPI
     size = [NOTEBOOK * np.ceil(side * dpi / NOTEBOOK - 1e-6) / dpi for side in (width, height)]
     return plt.figure(figsize=size, dpi=dpi, layout=layout, FigureClass=_NotebookFigure)
-def need(table: pd.DataFrame, what: str, *columns: str) -> None:
-    """Refuse a table without these columns."""
-    if missing := [c for c in columns if c not in table]:
-        raise ValueError(f"The {what} table has no column {missing[0]!r}; it needs {', '.join(columns)}.")
+
+
+def save(figure: Figure, profile: config.Profile, name: str, table: pd.DataFrame) -> None:
+    """Write ``<name>.png``, ``.pdf`` and ``.csv`` (the numbers plotted) into the profile's figures folder.
+
+    The same figure gives the same bytes: no file holds a date or a version. Where the environment variable
+    ``PATCHSAE_MANIFEST`` names a file, the paths written are appended to it, one a line.
+    """
+    nothing = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+    _write_file(profile, f"{name}.png", lambda path: path.write_bytes(png(figure)))
+    _write_file(profile, f"{name}.pdf", lambda path: figure.savefig(path, format="pdf", metadata=nothing))
+    save_table(profile, name, table)
+
+
+def save_table(profile: config.Profile, name: str, table: pd.DataFrame) -> None:
+    """Write ``<name>.csv`` into the profile's figures folder, numbers to six digits."""
+    _write_file(profile, f"{name}.csv", lambda path: table.to_csv(
+        path, index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def _write_file(profile: config.Profile, name: str, write: Callable[[Path], object]) -> None:
+    path = write_atomically(profile.figures_dir / name, write)
+    if manifest := os.environ.get("PATCHSAE_MANIFEST"):
+        inside = path.relative_to(config.ROOT) if path.is_relative_to(config.ROOT) else path
+        with open(manifest, "a", encoding="utf-8") as lines:
+            lines.write(f"{inside.as_posix()}\n")
+
+
+def needs(*columns: str) -> Callable:
+    """A figure of a table without one of these columns is refused; its docstring names them."""
+    def decorate(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        @functools.wraps(draw)
+        def checked(table: pd.DataFrame, *others, **options) -> Figure:
+            if missing := [column for column in columns if column not in table]:
+                raise ValueError(f"The table for {draw.__name__} has no column {missing[0]!r}; it needs "
+                                 f"{', '.join(columns)}.")
+            return draw(table, *others, **options)
+
+        checked.__doc__ = f"{draw.__doc__}\n\n    Columns of the table: {', '.join(columns)}.\n    "
+        return checked
+    return decorate
 
 
 def filled(items, what: str):
@@ -107,9 +153,7 @@ def paragraph(figure: Figure, left: float, top: float, caption: str) -> None:
 
 def resampled(image: np.ndarray, dots: int) -> np.ndarray:
     """An image ``[H,W,3]`` uint8 whose longer side is ``dots``."""
-    shown = Image.fromarray(image)
-    share = dots / max(shown.size)
-    return np.asarray(shown.resize([max(1, round(share * side)) for side in shown.size], Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.contain(Image.fromarray(image), (dots, dots), Image.Resampling.LANCZOS))
 
 
 def picture(figure: Figure, left: float, top: float, side: float, image: np.ndarray) -> Axes:
@@ -118,13 +162,14 @@ def picture(figure: Figure, left: float, top: float, side: float, image: np.ndar
     Its pixels take whole dots if that moves its edges less than a gap; else it is resampled to the dots there are, so
     that a file holds no more than can be seen.
     """
-    dots, pixels = round(side * figure.dpi), max(image.shape[:2])
+    dots, pixels, shown = round(side * figure.dpi), max(image.shape[:2]), image
     whole = pixels * max(1, round(dots / pixels))
-    fits = abs(whole - dots) < GAP * figure.dpi
-    side = (whole if fits else dots) / figure.dpi
+    if abs(whole - dots) < GAP * figure.dpi:
+        dots = whole
+    else:
+        shown = resampled(image, dots)
     left, top = (NOTEBOOK * round(at * figure.dpi / NOTEBOOK) / figure.dpi for at in (left, top))
-    axes = place(figure, left, top, side, side)
-    shown = image if fits else resampled(image, dots)
+    axes = place(figure, left, top, dots / figure.dpi, dots / figure.dpi)
     axes.imshow(shown, extent=(0, image.shape[1], image.shape[0], 0), interpolation="none")
     axes.axis("off")
     return axes
@@ -134,8 +179,8 @@ def outline(axes: Axes, mask: np.ndarray) -> None:
     """Outline a mask, bool ``[H,W]``, on a picture of its size."""
     if np.any(mask) and not np.all(mask):
         y, x = (np.arange(n) + 0.5 for n in mask.shape)
-        for colour, width in (("white", 1.7), (RED, 0.9)):
-            axes.contour(x, y, mask.astype(float), levels=[0.5], colors=colour, linewidths=width)
+        edge = axes.contour(x, y, mask.astype(float), levels=[0.5], colors=RED, linewidths=0.9)
+        edge.set_path_effects([withStroke(linewidth=1.7, foreground="white")])
 
 
 def patch_lines(axes: Axes, patches: int, width: float) -> None:
@@ -155,18 +200,14 @@ def heat_map(axes: Axes, heat: np.ndarray) -> None:
 
 def heat_key(figure: Figure, left: float, width: float, top: float) -> None:
     """The colours of heat maps, each of which has its own maximum."""
-    axes = place(figure, left, top, width, 0.06)
-    axes.imshow(np.linspace(0, 1, 64)[None], aspect="auto", extent=(0, 1, 0, 1))
-    axes.set(yticks=[], xticks=[0, 1], xticklabels=["0", "maximum"])
-    axes.tick_params(length=0, pad=1.5, labelsize=6)
-    for label, side in zip(axes.get_xticklabels(), ("left", "right")):
-        label.set_horizontalalignment(side)
-    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(ScalarMappable(), cax=place(figure, left, top, width, 0.06), orientation="horizontal")
+    bar.set_ticks([0, 1], labels=["0", "maximum"])
+    bar.ax.tick_params(length=0, pad=1.5, labelsize=6)
+    bar.outline.set_visible(False)
 
 
 def frame_patch(axes: Axes, image: np.ndarray, token: tuple[int, int], grid: int) -> None:
     """Frame one patch of an image cut into ``grid x grid`` patches."""
     height, width = image.shape[0] / grid, image.shape[1] / grid
-    for colour, line in (("white", 2.2), (RED, 1.2)):
-        corner = token[1] * width, token[0] * height
-        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=line))
+    axes.add_patch(Rectangle((token[1] * width, token[0] * height), width, height, fill=False, ec=RED, lw=1.2,
+                             path_effects=[withStroke(linewidth=2.2, foreground="white")]))

@@ -22,21 +22,18 @@ class Look(NamedTuple):
     dashes: tuple | str = ""
 
 
-def panels(names: Iterable[str], height: float, columns: int = 0, **sharing) -> tuple[Figure, dict[str, Axes]]:
-    """A figure across the page with a titled panel for every name, in rows of ``columns``.
-
-    ``height``: inches of a row; ``sharing``: what ``Figure.subplots`` takes. What is over in the last row stays empty.
-    """
+def panels(names: Iterable[str], height: float, columns: int = 9, width: float = PAGE,
+           **sharing) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a titled panel for every name, in rows of ``columns`` and ``height`` inches; ``sharing``: which
+    axes are shared, as for ``Figure.subplots``."""
     names = filled(list(dict.fromkeys(names)), "panels")
-    columns = min(columns or len(names), len(names))
-    lines = -(-len(names) // columns)
-    figure = new_figure(PAGE, 0.3 + height * lines)
-    axes = figure.subplots(lines, columns, squeeze=False, **sharing).ravel()
-    for panel in axes[len(names):]:
-        panel.axis("off")
-    for panel, name in zip(axes, names):
+    rows = [names[start:start + columns] for start in range(0, len(names), columns)]
+    rows[-1] += (len(rows[0]) - len(rows[-1])) * ["."]
+    figure = new_figure(min(PAGE, width), 0.3 + height * len(rows))
+    axes = figure.subplot_mosaic(rows, **sharing)
+    for name, panel in axes.items():
         panel.set_title(name)
-    return figure, dict(zip(names, axes))
+    return figure, axes
 
 
 def given(table: pd.DataFrame, value: str) -> dict:
@@ -44,66 +41,55 @@ def given(table: pd.DataFrame, value: str) -> dict:
 
     seaborn estimates both from repeated rows; so each row comes three times, and the estimators read off the three.
     """
-    ends = (table[end].fillna(table[value]) for end in (value, "low", "high"))
-    return {"data": pd.concat([table.assign(**{value: end}) for end in ends], ignore_index=True),
-            "estimator": lambda three: _three(three)[0], "errorbar": lambda three: _three(three)[1:]}
+    def three(values: pd.Series) -> tuple[float, ...]:
+        if len(values) != 3:
+            raise ValueError("The table of a figure has several rows for one point; average them first.")
+        return tuple(values)
+
+    ends = [table.assign(**{value: table[end].fillna(table[value])}) for end in (value, "low", "high")]
+    return {"data": pd.concat(ends, ignore_index=True), "estimator": lambda values: three(values)[0],
+            "errorbar": lambda values: three(values)[1:]}
 
 
-def _three(values: pd.Series) -> tuple[float, ...]:
-    if len(values) != 3:
-        raise ValueError("The table of a figure has several rows for one point; average them first.")
-    return tuple(values)
-
-
-def _named(table: pd.DataFrame, column: str, looks: Mapping[str, Look]) -> tuple[pd.DataFrame, list[Look]]:
-    """The table with labels for the values of a column, and the looks of those it has; it loses the others."""
+def _series(table: pd.DataFrame, value: str, column: str, looks: Mapping[str, Look]) -> tuple[dict, list]:
+    """seaborn's options for a series with intervals for each value of a column that has a look, and their dashes."""
     used = {name: look for name, look in looks.items() if name in set(table[column])}
-    kept = table[table[column].isin(list(used))]
-    return kept.assign(**{column: [used[name].label for name in kept[column]]}), list(used.values())
+    table = table[table[column].isin(list(used))]
+    labels, colours, markers, dashes = map(list, zip(*used.values()))
+    return given(table.assign(**{column: [used[name].label for name in table[column]]}), value) | {
+        "hue": column, "hue_order": labels, "palette": colours, "markers": markers, "markersize": 3.5}, dashes
 
 
 def lines(panel: Axes, table: pd.DataFrame, x: str, y: str, column: str, looks: Mapping[str, Look]) -> None:
     """Values against ``x`` in the order of the rows, with bands from low to high: a line for each value of a column."""
-    table, used = _named(table, column, looks)
-    labels, colours, markers, dashes = zip(*used)
-    sns.lineplot(**given(table, y), x=x, y=y, hue=column, hue_order=labels, palette=list(colours), style=column,
-                 style_order=labels, markers=list(markers), dashes=list(dashes), sort=False, markersize=3.5,
-                 markeredgewidth=0, err_kws={"lw": 0, "alpha": 0.18}, ax=panel)
+    options, dashes = _series(table, y, column, looks)
+    sns.lineplot(x=x, y=y, style=column, style_order=options["hue_order"], dashes=dashes, sort=False,
+                 markeredgewidth=0, err_kws={"lw": 0, "alpha": 0.18}, ax=panel, **options)
     panel.grid(axis="y")
 
 
 def dots(panel: Axes, table: pd.DataFrame, x: str, y: str, column: str, looks: Mapping[str, Look]) -> None:
-    """A row for each value of ``y``, in it a dot and its interval for each value of a column, thin lines between."""
-    table, used = _named(table, column, looks)
-    labels, colours, markers, _ = zip(*used)
-    sns.pointplot(**given(table, x), x=x, y=y, hue=column, hue_order=labels, palette=list(colours),
-                  markers=list(markers), dodge=0.11 * (len(used) - 1), linestyle="none", markersize=3.5,
-                  markeredgewidth=1, err_kws={"linewidth": 0.9}, ax=panel)
-    between_rows(panel, table[y].nunique())
+    """A row for each value of ``y``, and in it a dot with its interval for each value of a column."""
+    options, dashes = _series(table, x, column, looks)
+    sns.pointplot(x=x, y=y, dodge=0.11 * (len(dashes) - 1), linestyle="none", markeredgewidth=1, ax=panel,
+                  err_kws={"linewidth": 0.9}, **options)
+    name_rows(panel, list(dict.fromkeys(table[y])))
 
 
-def between_rows(panel: Axes, rows: int) -> None:
-    """Thin lines between the rows of a panel."""
-    for row in range(rows - 1):
+def intervals(panel: Axes, table: pd.DataFrame, x: str, y: str, colour: str, bold: str = "") -> None:
+    """A row for each row of the table, and in it a dot with its interval; one row may be highlighted."""
+    sns.pointplot(**given(table, x), x=x, y=y, color=colour, linestyle="none", markersize=3.5, ax=panel,
+                  err_kws={"linewidth": 1.3})
+    name_rows(panel, list(table[y]), bold)
+
+
+def name_rows(panel: Axes, names: list[str], bold: str = "") -> None:
+    """Thin lines between the named rows of a panel; one row may be highlighted."""
+    for row in range(len(names) - 1):
         panel.axhline(row + 0.5, color=PALE, lw=0.4, zorder=0)
     panel.tick_params(axis="y", length=0)
     panel.set_ylabel("")
     panel.grid(axis="x")
-
-
-def intervals(panel: Axes, table: pd.DataFrame, x: str, y: str, colour: str, bold: str = "") -> None:
-    """A row for each value of ``y``, in it a dot and its interval; one row may be highlighted."""
-    sns.pointplot(**given(table, x), x=x, y=y, color=colour, linestyle="none", markersize=3.5, ax=panel,
-                  err_kws={"linewidth": 1.3})
-    on_rows(panel, list(dict.fromkeys(table[y])), bold)
-
-
-def on_rows(panel: Axes, names: list[str], bold: str) -> None:
-    """A light line through every named row of a panel; one row may be highlighted."""
-    panel.grid(axis="y")
-    panel.tick_params(axis="y", length=0)
-    panel.spines["left"].set_visible(False)
-    panel.set_ylabel("")
     if bold in names:
         row = names.index(bold)
         panel.axhspan(row - 0.5, row + 0.5, color="#e8f1f8", lw=0, zorder=0)

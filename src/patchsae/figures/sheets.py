@@ -8,42 +8,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from patchsae.figures.canvas import (
-    BLUE,
-    CAPTION_LINE,
-    GAP,
-    GREEN,
-    GREY,
-    ORANGE,
-    PAGE,
-    filled,
-    frame_patch,
-    heat_key,
-    heat_map,
-    need,
-    new_figure,
-    outline,
-    paragraph,
-    picture,
-    place,
-    text_width,
-    write,
-)
+from patchsae.figures import canvas
+from patchsae.figures.canvas import BLUE, CAPTION_LINE, GAP, GREEN, GREY, ORANGE, PAGE, filled, needs, picture, write
 
 #: Inches: a small picture and a large one, two and three dots to each of 64 pixels.
 SMALL, LARGE = 128 / 240, 192 / 240
 
 
 class Row(NamedTuple):
-    """Images ``[H, W, 3]`` uint8 after a title."""
+    """Images ``[H, W, 3]`` uint8 after a title, for a layer's latent with its heat map ``[P, P]``."""
 
     title: str
     images: Sequence[np.ndarray]
     caption: str = ""
+    heat: np.ndarray | None = None
 
 
 class MaskRow(NamedTuple):
@@ -60,139 +41,111 @@ class MaskRow(NamedTuple):
     caption: str = ""
 
 
-class StyleLatent(NamedTuple):
-    """A latent of :func:`style_pair`: ``masked`` has a soft mask ``[H, W, 3]`` per image, in their order."""
-
-    latent: int
-    title: str
-    masked: Sequence[np.ndarray]
-    references: Sequence[np.ndarray]
-
-
-class LayerLatent(NamedTuple):
-    """A latent of :func:`layers_grid`: its heat map ``[P, P]`` and four reference images ``[H, W, 3]``."""
-
-    title: str
-    heat: np.ndarray
-    references: Sequence[np.ndarray]
-
-
 def image_rows(rows: Sequence[Row]) -> Figure:
-    """Reference images (figs. 3 right, 10, 13, 14): a latent a row, its title and caption at the left.
-
-    They shrink where a row would be wider than the page.
-    """
-    left = _title_column(filled(rows, "rows of images"))
-    many = max(len(row.images) for row in rows)
-    size = min(SMALL, (PAGE - left) / many - GAP)
-    pitch = _pitch(rows, size)
-    figure = new_figure(left + many * (size + GAP), len(rows) * pitch, layout=None)
-    for index, row in enumerate(rows):
-        top = index * pitch + 0.035
-        write(figure, 0.02, top, row.title, weight="bold")
-        paragraph(figure, 0.02, top + 0.14, row.caption)
+    """Reference images (figs. 3 right, 10, 13, 14): a latent a row, its title and caption at the left."""
+    figure, size, places = _rows(rows, max(len(row.images) for row in filled(rows, "rows of images")), SMALL)
+    for row, (left, top) in zip(rows, places):
         for column, image in enumerate(row.images):
             picture(figure, left + column * (size + GAP), top, size, image)
     return figure
 
 
-def _title_column(rows: Sequence) -> float:
-    """Inches that the titles and captions of rows take."""
-    captions = [part for row in rows for part in row.caption.split(", ")]
-    return 0.12 + max(text_width([row.title for row in rows], 7, "bold"), text_width(captions, 6))
-
-
-def _pitch(rows: Sequence, size: float) -> float:
-    """Inches from row to row: titles and captions need their height, however small the pictures are."""
-    lines = max(row.caption.count(", ") + 1 if row.caption else 0 for row in rows)
-    return max(size, 0.18 + CAPTION_LINE * lines) + 0.07
-
-
-def mask_rows(rows: Sequence[MaskRow], columns: int = 1) -> Figure:
+def mask_rows(rows: Sequence[MaskRow], columns: int) -> Figure:
     """Patch heat maps and soft masks (figs. 2, 4, 9): a latent a row, in ``columns`` blocks side by side.
 
     Each heat map has its own scale, from 0 to its maximum; the outline is the ground truth.
     """
-    headings = ("image", "patch activations", "soft mask")
-    height = -(-len(filled(rows, "rows of masks")) // columns)
-    left = _title_column(rows)
-    size = min(LARGE, (PAGE / columns - left) / 3 - GAP)
-    block, pitch = left + 3 * (size + GAP) + 0.1, _pitch(rows, size)
-    figure = new_figure(columns * block - 0.1, 0.22 + height * pitch + 0.26, layout=None)
-    for index, row in enumerate(rows):
-        start, top = index // height * block, 0.22 + index % height * pitch
-        write(figure, start + 0.02, top + 0.02, row.title, weight="bold")
-        paragraph(figure, start + 0.02, top + 0.16, row.caption)
-        places = [start + left + i * (size + GAP) for i in range(3)]
-        shown = headings if row.image is not None else ("", *headings[1:])
-        for at, heading in zip(places, shown if index % height == 0 else ()):
-            write(figure, at + size / 2, 0.19, heading, ha="center", va="bottom", color=GREY)
+    figure, size, places = _rows(filled(rows, "rows of masks"), 3, LARGE, columns, (0.185, 0.295))
+    for row, (left, top) in zip(rows, places):
+        lefts = [left + column * (size + GAP) for column in range(3)]
+        for at, heading in zip(lefts, ("image", "patch activations", "soft mask")):
+            if top == places[0][1] and (heading != "image" or row.image is not None):
+                write(figure, at + size / 2, 0.19, heading, ha="center", va="bottom", color=GREY)
         if row.image is not None:
-            picture(figure, places[0], top, size, row.image)
-        heat, masked = (picture(figure, at, top, size, row.masked) for at in places[1:])
-        heat_map(heat, row.heat)
+            picture(figure, left, top, size, row.image)
+        heat, masked = (picture(figure, at, top, size, row.masked) for at in lefts[1:])
+        canvas.heat_map(heat, row.heat)
         if row.truth is not None:
-            outline(heat, row.truth)
-            outline(masked, row.truth)
-    heat_key(figure, left + size + GAP, size, 0.22 + height * pitch + 0.03)
+            canvas.outline(heat, row.truth)
+            canvas.outline(masked, row.truth)
+    canvas.heat_key(figure, places[0][0] + size + GAP, size, figure.get_figheight() - 0.23)
     return figure
 
 
-def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray], latents: Sequence[StyleLatent]) -> Figure:
-    """Fig. 4: one noun in two styles; which latents they share, and what three of them look at.
+def _rows(rows: Sequence[Row] | Sequence[MaskRow], many: int, largest: float, columns: int = 1,
+          margins: tuple[float, float] = (0, 0)) -> tuple[Figure, float, list[tuple[float, float]]]:
+    """A sheet with titles and captions of rows of ``many`` pictures, block by block; ``margins``: above and below.
 
-    ``table``: columns image, latent, activation: the strongest latents of each image, strongest first.
-    ``images``: two names -> uint8 ``[H, W, 3]``. ``latents``: the chosen ones, with four references each.
+    Gives it, the side of a picture, less where a row would be wider than the page, and the corners of the rows' first.
     """
-    need(table, "style pair", "image", "latent", "activation")
+    captions = [row.caption.split(", ") for row in rows]
+    left = 0.12 + max(canvas.text_width([row.title for row in rows], 7, "bold"),
+                      canvas.text_width([line for lines in captions for line in lines], 6))
+    size = min(largest, (PAGE / columns - left) / many - GAP)
+    pitch = max(size, 0.18 + CAPTION_LINE * max(map(len, captions))) + 0.07
+    block, height = left + many * (size + GAP) + 0.1, -(-len(rows) // columns)
+    figure = canvas.new_figure(columns * block - 0.1, sum(margins) + height * pitch, layout=None)
+    places = [(index // height * block, margins[0] + index % height * pitch + 0.035) for index in range(len(rows))]
+    for row, (start, top) in zip(rows, places):
+        write(figure, start + 0.02, top, row.title, weight="bold")
+        canvas.paragraph(figure, start + 0.02, top + 0.14, row.caption)
+    return figure, size, [(start + left, top) for start, top in places]
+
+
+@needs("image", "latent", "activation")
+def style_pair(table: pd.DataFrame, images: Mapping[str, np.ndarray], latents: Mapping[int, Row]) -> Figure:
+    """Fig. 4: one noun in two styles; which of their strongest latents they share, and what three of them look at.
+
+    ``images``: two names -> uint8 ``[H, W, 3]``. ``latents``: the chosen ones, each with a soft mask of either image
+    and four reference images.
+    """
     if len(images) != 2 or not set(images) <= set(table["image"]):
         raise ValueError(f"The pair needs two images named in the table's column image, not {list(images)}.")
-    figure = new_figure(PAGE, max(2.62, 0.2 + 0.82 * len(latents)), layout=None)
-    shared = table["latent"].isin(table["latent"][table["latent"].duplicated()])
-    letters = {chosen.latent: chr(ord("a") + i) for i, chosen in enumerate(latents)}
-    for index, ((name, image), colour) in enumerate(zip(images.items(), (ORANGE, GREEN))):
-        top = 0.2 + index * 1.3
+    figure = canvas.new_figure(PAGE, max(2.62, 0.2 + 0.82 * len(latents)), layout=None)
+    table = table.assign(shared=table["latent"].duplicated(keep=False))
+    letters = dict(zip(latents, "abcdef"))
+    for top, colour, (name, image) in zip((0.2, 1.5), (ORANGE, GREEN), images.items()):
         write(figure, 0.02, top - 0.16, name, weight="bold", color=colour)
         picture(figure, 0.02, top, LARGE, image)
-        rows = table.assign(where=np.where(shared, "in both", f"{name} only"))[table["image"] == name]
-        _bars(place(figure, 1.22, top, 1.8, 0.72), rows, {"in both": BLUE, f"{name} only": colour}, letters)
-    start, pitch = 3.24, SMALL + GAP
-    for column, heading in ((0, list(images)[0]), (1, list(images)[1]), (2.2, "reference images")):
+        _bars(canvas.place(figure, 1.22, top, 1.8, 0.72), table[table["image"] == name], colour, letters)
+    start, pitch = 3.22, SMALL + GAP
+    for column, heading in zip((0, 1, 2.2), (*images, "reference images")):
         write(figure, start + column * pitch, 0.04, heading, color=GREY)
-    for index, chosen in enumerate(latents):
+    for index, (latent, row) in enumerate(latents.items()):
         top = 0.36 + index * 0.82
-        write(figure, start, top - 0.15, f"{letters[chosen.latent]}  {chosen.title}", weight="bold")
-        for column, image in enumerate([*chosen.masked, *chosen.references[:4]]):
+        write(figure, start, top - 0.15, f"{letters[latent]}  {row.title}", weight="bold")
+        for column, image in enumerate(row.images):
             picture(figure, start + (column + 0.2 * (column > 1)) * pitch, top, SMALL, image)
     return figure
 
 
-def _bars(axes: Axes, rows: pd.DataFrame, colours: Mapping[str, str], letters: Mapping[int, str]) -> None:
-    """Bars of one image of :func:`style_pair`, coloured by where a latent is found, chosen ones with their letters."""
-    names = rows["latent"].astype(str)
-    sns.barplot(rows.assign(latent=names), x="latent", y="activation", hue="where", palette=colours, saturation=1,
-                width=0.72, order=names, ax=axes)
+def _bars(axes: Axes, rows: pd.DataFrame, colour: str, letters: Mapping[int, str]) -> None:
+    """Activations of one image of :func:`style_pair`, blue where a latent is in both, chosen ones with letters."""
+    rows = rows.reset_index(drop=True)
+    name = rows["image"].iloc[0]
+    for shared, label, fill in ((False, f"{name} only", colour), (True, "in both", BLUE)):
+        some = rows[rows["shared"] == shared]
+        bars = axes.bar(some.index, some["activation"], 0.72, color=fill, linewidth=0, label=label)
+        axes.bar_label(bars, some["latent"].map(letters).fillna(""), padding=1.5, weight="bold")
     axes.legend(loc="upper right")
-    axes.tick_params(axis="x", length=0, rotation=90, labelsize=6)
+    axes.set_xticks(rows.index, rows["latent"], rotation=90, fontsize=6)
+    axes.tick_params(axis="x", length=0)
     axes.locator_params(axis="y", nbins=3)
-    axes.set(xlabel="", ylim=(0, 1.15 * rows["activation"].max()))
-    for x, (latent, value) in enumerate(zip(rows["latent"], rows["activation"])):
-        axes.annotate(letters.get(latent, ""), (x, value), (0, 1.5), textcoords="offset points", ha="center",
-                      weight="bold")
+    axes.set(ylabel="activation", xlim=(-0.5, len(rows) - 0.5), ylim=(0, 1.15 * rows["activation"].max()))
 
 
-def layers_grid(image: np.ndarray, token: tuple[int, int], layers: Mapping[str, Sequence[LayerLatent]]) -> Figure:
+def layers_grid(image: np.ndarray, token: tuple[int, int], layers: Mapping[str, Sequence[Row]]) -> Figure:
     """Fig. 9: the strongest latents of one token of one image, layer by layer.
 
-    ``image``: uint8 ``[H, W, 3]``; ``token``: row and column of its patch; ``layers``: name -> latents,
-    the deepest layer first.
+    ``image``: uint8 ``[H, W, 3]``; ``token``: row and column of its patch; ``layers``: name -> latents with heat maps
+    and four reference images each, the deepest layer first.
     """
     many = max(len(latents) for latents in filled(layers, "layers").values())
     grid = len(next(iter(layers.values()))[0].heat)
     step, above = SMALL + GAP, LARGE + 0.12
     block, pitch = LARGE + GAP + 2 * step + 0.08, 2 * step + 0.06
-    figure = new_figure(0.2 + many * block - 0.08, above + len(layers) * pitch, layout=None)
-    frame_patch(picture(figure, 0.2, 0.02, LARGE, image), image, token, grid)
+    figure = canvas.new_figure(0.2 + many * block - 0.08, above + len(layers) * pitch, layout=None)
+    canvas.frame_patch(picture(figure, 0.2, 0.02, LARGE, image), image, token, grid)
     write(figure, 0.28 + LARGE, 0.03, f"token ({token[0]}, {token[1]})", weight="bold")
     for row, (name, latents) in enumerate(layers.items()):
         top = row * pitch + above
@@ -201,9 +154,8 @@ def layers_grid(image: np.ndarray, token: tuple[int, int], layers: Mapping[str, 
             start = 0.2 + column * block
             write(figure, start, top + LARGE + 0.04, latent.title)
             axes = picture(figure, start, top, LARGE, image)
-            heat_map(axes, latent.heat)
-            frame_patch(axes, image, token, grid)
-            for i, reference in enumerate(latent.references[:4]):
-                across = start + LARGE + GAP + i % 2 * step
-                picture(figure, across, top + i // 2 * step, SMALL, reference)
+            canvas.heat_map(axes, latent.heat)
+            canvas.frame_patch(axes, image, token, grid)
+            for i, reference in enumerate(latent.images):
+                picture(figure, start + LARGE + GAP + i % 2 * step, top + i // 2 * step, SMALL, reference)
     return figure

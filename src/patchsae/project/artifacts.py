@@ -3,7 +3,7 @@
 import pandas as pd
 
 from patchsae.config import ROOT, start
-from patchsae.figures.plots import pretraining_curves
+from patchsae.figures import pretraining_curves
 from patchsae.studies import adaptation_sweep, recovery_sweep, sweep
 from patchsae.studies.study import open_study
 from patchsae.world import pretrain
