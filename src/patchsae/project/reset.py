@@ -1,5 +1,6 @@
 """``patchsae reset``: data and figures of a profile as they were committed, and nothing left of its runs."""
 
+import contextlib
 import shutil
 import subprocess
 
@@ -41,4 +42,6 @@ def run(name: str | None, yes: bool) -> str:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something is left in it
+        profile.data_dir.rmdir()
     return f"{len(back)} files are put back, {len(gone)} files and folders removed."
