@@ -167,8 +167,7 @@ def test_positions_outside_the_data_set(made, rows):
 @pytest.fixture
 def many_files(tmp_path, monkeypatch):
     """24 image files in two classes, two of them damaged; more may be unreadable than usual."""
-    monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 0.5)
-    monkeypatch.setattr(cache, "MOST_UNREADABLE", 0.5)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.5)
     for i in range(24):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +202,7 @@ def test_what_could_not_be_read_counts_again_when_writing_goes_on(clip, many_fil
     assert contents(write_cache(clip, many_files, LAYER, tmp_path / "c").folder) == whole
     assert len(many_files.unreadable) == 2
     (tmp_path / "c" / "manifest.json").unlink()
-    monkeypatch.setattr(cache, "MOST_UNREADABLE", 0.01)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.01)
     refusal(ValueError, lambda: write_cache(clip, many_files, LAYER, tmp_path / "c"), "2 of 24")
 
 
