@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
 from patchsae.activations import token_batches
@@ -24,6 +23,7 @@ from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
 from patchsae.data.datasets import Subset
 from patchsae.data.images import Images
+from patchsae.fast.segments import active_latents, segment_sums
 from patchsae.sae import SparseAutoencoder
 
 #: "class": counts of the image's class (paper). "dataset": counts of all classes (paper). "random" (paper).
@@ -174,42 +174,14 @@ def _rankable(lat, ranking) -> list[int]:
 
 # Editing tokens -----------------------------------------------------------------------------------------
 
-class Active(NamedTuple):
-    """Latents above 0: where they are and their values, each ``[N]``."""
-
-    image: torch.Tensor
-    token: torch.Tensor
-    latent: torch.Tensor
-    value: torch.Tensor
-
-
-def active_latents(sae: SparseAutoencoder, z: torch.Tensor) -> Active:
-    """Encode tokens ``[B,T,D]`` and keep what is above 0."""
-    h = sae.encode(z)
-    where = h.nonzero(as_tuple=True)
-    return Active(*where, h[where])
-
-
-def segment_sums(sae: SparseAutoencoder, active: Active, segment: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """Sums of h_s W_dec[s] over the active latents of each segment: ``[B,J+1,T,D]``.
-
-    ``segment [N]``: that of each active latent; ``shape``: (B, J+1, T).
-    """
-    bag, by_bag = torch.sort((active.image * shape[1] + segment) * shape[2] + active.token, stable=True)
-    starts = torch.searchsorted(bag, torch.arange(np.prod(shape), device=bag.device))
-    sums = F.embedding_bag(active.latent[by_bag], sae.W_dec, starts, mode="sum",
-                           per_sample_weights=active.value[by_bag])
-    return sums.view(*shape, -1)
-
-
-def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, parts: torch.Tensor, add_error: bool) -> torch.Tensor:
+def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, sums: torch.Tensor, add_error: bool) -> torch.Tensor:
     """Spliced, on k_1..k_J, off k_1..k_J: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]`` (sec. 4.1).
 
         on k  = b_dec + sum over ranks < k of h_s W_dec[s];  off k = b_dec + sum over ranks >= k
         with the autoencoder's error: z - sum over the removed latents, so that removing none leaves z bit for bit
     """
-    top = list(itertools.accumulate(parts.unbind(1)))
-    bottom = list(itertools.accumulate(parts.flip(1).unbind(1)))[-2::-1]
+    top = list(itertools.accumulate(sums.unbind(1)))
+    bottom = list(itertools.accumulate(sums.flip(1).unbind(1)))[-2::-1]
     if add_error:
         return torch.stack([z, *(z - removed for removed in [*bottom, *top[:-1]])], 1)
     return torch.stack([top[-1], *top[:-1], *bottom], 1).add_(sae.b_dec)
@@ -294,9 +266,8 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     """
     ds, ks = as_images(ds), _checked_ks(ks, sae.n_latents)
     selections, seeds = _several(selection, "selection", str), _several(seed, "seed", int)
-    text = _checked_text(text_features)
-    _check_statistics(lat, sae, ds, clip.block(layer), ranking)
-    _check_shapes(sae, ds, lat, text, ranking)
+    _check_latents(sae, ds, clip.block(layer), lat, ranking)
+    text = _checked_text(sae, ds, lat, text_features, ranking)
     arms = [make_arm(lat, name, s, ks, ranking) for name in selections
             for s in seeds[:None if name in CHANCE else 1]]
     classes = _rankable(lat, ranking)
@@ -337,18 +308,7 @@ def _checked_ks(ks, n_latents: int) -> list[int]:
     return sorted(map(int, counts))
 
 
-def _checked_text(text_features) -> torch.Tensor:
-    """Text features ``[C,P]``, none of which is nothing."""
-    text = torch.as_tensor(text_features)
-    if text.ndim != 2 or not text.is_floating_point():
-        raise ValueError(f"Text features are {text.dtype} of shape {list(text.shape)}; give floats [C, P], one row a "
-                         "class.")
-    if bad := (~(text.isfinite().all(1) & text.any(1))).nonzero()[:, 0].tolist():
-        raise ValueError(f"The text features of class {bad[0]} are zero or not finite; make them again with this CLIP.")
-    return text
-
-
-def _check_statistics(lat, sae: SparseAutoencoder, ds: Images, block: int, ranking) -> None:
+def _check_latents(sae: SparseAutoencoder, ds: Images, block: int, lat, ranking) -> None:
     """Refuse statistics of another autoencoder and, where they rank the latents, of another block or other classes."""
     if lat is None and ranking is None:
         raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
@@ -362,17 +322,24 @@ def _check_statistics(lat, sae: SparseAutoencoder, ds: Images, block: int, ranki
                          "have; use the training split of the same task.")
 
 
-def _check_shapes(sae: SparseAutoencoder, ds: Images, lat, text: torch.Tensor, ranking) -> None:
-    """Refuse classes, text features, latents and rankings of different numbers."""
-    name, table = ("class counts", lat.class_counts) if ranking is None else ("ranking", ranking)
-    table = torch.as_tensor(table)
+def _checked_text(sae: SparseAutoencoder, ds: Images, lat, text_features, ranking) -> torch.Tensor:
+    """Text features ``[C,P]``, none of which is nothing, of as many classes as latents are ranked for."""
+    text = torch.as_tensor(text_features)
+    if text.ndim != 2 or not text.is_floating_point():
+        raise ValueError(f"Text features are {text.dtype} of shape {list(text.shape)}; give floats [C, P], one row a "
+                         "class.")
+    if bad := (~(text.isfinite().all(1) & text.any(1))).nonzero()[:, 0].tolist():
+        raise ValueError(f"The text features of class {bad[0]} are zero or not finite; make them again with this CLIP.")
+    table = torch.as_tensor(lat.class_counts if ranking is None else ranking)
     if table.is_floating_point() or table.dtype == torch.bool:
-        raise ValueError(f"The {name} is {table.dtype}; give whole numbers, the latents of each class in order.")
+        raise ValueError(f"The ranking is {table.dtype}; give whole numbers, the latents of each class in order.")
     if tuple(table.shape) != (len(text), sae.n_latents) or len(ds.class_names) > len(text):
+        name = "class counts" if ranking is None else "ranking"
         raise ValueError(f"{len(ds.class_names)} classes of images, {len(text)} text features, {sae.n_latents} "
                          f"latents and {name} of shape {list(table.shape)} do not fit; use one task and autoencoder.")
     if ranking is None and not table.any():
         raise ValueError("No class has training images; collect latents from the training split of this task.")
+    return text
 
 
 def _class_rows(batches: Iterator[tuple], conditions: pd.DataFrame) -> pd.DataFrame:

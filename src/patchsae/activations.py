@@ -61,11 +61,11 @@ def _preprocessed(clip: Clip, images: torch.Tensor, labels, ids, rows) -> PixelB
     images = images.to(clip.device, non_blocking=True)
     if images.dtype == torch.uint8:
         return PixelBatch(clip.normalise(images), labels, ids, rows)
-    _refuse_not_finite(images, ids, rows, "has pixels", "check how it was preprocessed")
+    refuse_not_finite(images, ids, rows, "has pixels", "check how it was preprocessed")
     return PixelBatch(images, labels, ids, rows)
 
 
-def _refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
+def refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
     """Stop at the first image of which something ``[B,...]`` is not finite."""
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
@@ -91,7 +91,7 @@ def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str
 def finite_tokens(clip: Clip, batch: PixelBatch, layer: int) -> torch.Tensor:
     """Tokens of a batch of images at the cut ``[B,T,D]``, all of them finite."""
     z = clip.below(batch.pixels, layer)
-    _refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
+    refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
     return z
 
 

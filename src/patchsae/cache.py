@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import MOST_UNREADABLE, PixelBatch, finite_tokens, read_pixels
+from patchsae.activations import PixelBatch, finite_tokens, read_pixels, refuse_not_finite
 from patchsae.clip import Clip
 from patchsae.config import Profile
 from patchsae.data.adapters import as_images
 from patchsae.data.images import Images, LostWorker, hash_of
+from patchsae.data.reading import refuse_unreadable
 from patchsae.fast import processes
 from patchsae.fast.memory import BatchMemory
 from patchsae.weights.sealed import MEND, MISSING, SealedRows, load_sealed, save_rows, save_sealed
@@ -49,22 +50,17 @@ DIFFERENT = {"model": "with another model", "block": "after block {0} and not {1
 
 def made_of(clip: Clip | None, ds: Images | None, layer: int | None) -> dict:
     """What decides the tokens, as far as it is given: weights, what happens to pixels, block, images."""
-    parts = {}
-    if clip is not None:
-        parts |= {"model": clip.fingerprint(), "preprocessing": clip.preprocessing()}
-    if layer is not None:
-        if clip is None:
-            raise ValueError("Blocks are counted in a model; give the model together with the layer.")
-        parts["block"] = clip.block(layer)
-    if ds is not None:
-        parts["images"] = as_images(ds).fingerprint()
-    return parts
+    if clip is None and layer is not None:
+        raise ValueError("Blocks are counted in a model; give the model together with the layer.")
+    made = {} if clip is None else {"model": clip.fingerprint(), "preprocessing": clip.preprocessing()}
+    made |= {} if layer is None else {"block": clip.block(layer)}
+    return made | ({} if ds is None else {"images": as_images(ds).fingerprint()})
 
 
 def cache_folder(profile: Profile, clip: Clip, ds: Images) -> Path:
     """Where the cache of a data set at the profile's cut goes."""
-    parts = json.dumps(made_of(clip, ds, profile.model.layer), sort_keys=True)
-    return profile.run_dir / "activations" / hash_of([FORMAT, parts])
+    decided_by = json.dumps(made_of(clip, ds, profile.model.layer), sort_keys=True)
+    return profile.run_dir / "activations" / hash_of([FORMAT, decided_by])
 
 
 def cache_bytes(clip: Clip, n_images: int) -> int:
@@ -72,9 +68,9 @@ def cache_bytes(clip: Clip, n_images: int) -> int:
     return 2 * n_images * clip.n_tokens * clip.width
 
 
-def _refuse_other(path: Path, parts: dict, expected: dict) -> None:
+def _refuse_other(path: Path, made: dict, expected: dict) -> None:
     """Refuse a file of a cache that was made of other things."""
-    if other := [DIFFERENT[name].format(parts[name], it) for name, it in expected.items() if parts[name] != it]:
+    if other := [DIFFERENT[name].format(made[name], it) for name, it in expected.items() if made[name] != it]:
         raise ValueError(f"{path} is of a cache that was made {' and '.join(other)}; choose another folder, or remove "
                          f"{path.parent} and run `make cache` again.")
 
@@ -227,10 +223,9 @@ class _Writer:
     def is_published(self) -> bool:
         """Whether the cache is there; one that is damaged or of something else is an error."""
         try:
-            Cache(self.folder, self.made_of)
+            return bool(Cache(self.folder, self.made_of).shards)
         except FileNotFoundError:
             return False
-        return True
 
     def write(self) -> None:
         """Write the shards that are not complete, each process its part of them, and publish the cache."""
@@ -278,11 +273,14 @@ class _Writer:
     @torch.no_grad()
     def _write_shard(self, k: int, batches: Iterable[PixelBatch]) -> None:
         tokens, ids, labels = [torch.empty(0, self.clip.n_tokens, self.clip.width, dtype=self.dtype)], [], []
-        sums = np.zeros(self.clip.width + 2)
+        sums = np.zeros(self.clip.width + 2)  # over tokens of z, of ||z||^2 and of ||z - half||^2
         for batch in batches:
             z = finite_tokens(self.clip, batch, self.layer)[:, :self.clip.n_tokens]
-            half = _half(batch, z, self.dtype)
-            sums += _sums(z, half)
+            half = z.to(self.dtype)
+            refuse_not_finite(half, batch.ids, batch.rows, "has activations in half precision",
+                              "choose bfloat16, as `patchsae cache --dtype bfloat16` does")
+            exact, error = z.double().flatten(0, 1), (z - half).double()
+            sums += [*exact.sum(0).tolist(), exact.square().sum().item(), error.square().sum().item()]
             tokens.append(half.cpu())
             ids += map(str, batch.ids)
             labels += batch.labels.tolist()
@@ -294,43 +292,15 @@ class _Writer:
         """Write the manifest from what the shards say, and remove what lost processes left."""
         shards = [SealedRows(path) for path in self.paths]
         unreadable = dict(pair for shard in shards for pair in shard.notes["unreadable"])
-        if len(unreadable) > max(1, MOST_UNREADABLE * len(self.ds)):  # processes counted each for itself
-            raise ValueError(f"{len(unreadable)} of {len(self.ds)} images cannot be read, more than "
-                             f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(unreadable.values()))}")
-        cost = _explained_variance_cost([shard.notes["sums"] for shard in shards],
-                                        self.clip.n_tokens * sum(map(len, shards)))
+        refuse_unreadable(unreadable, len(self.ds))  # processes counted each for itself
+        # What rounding takes from the explained variance: sum ||z - half||^2 / sum ||z - mean z||^2 over all tokens.
+        *total, squares, error = np.sum([shard.notes["sums"] for shard in shards], axis=0)
+        variance = squares - np.square(total).sum() / max(1, self.clip.n_tokens * sum(map(len, shards)))
         save_sealed(self.folder / MANIFEST, {
             "format": FORMAT, "made_of": self.made_of, "shape": [self.clip.n_tokens, self.clip.width],
             "n_images": len(self.ds), "unreadable": sorted(unreadable),
-            "explained_variance_cost": cost,
+            "explained_variance_cost": float(error / variance) if variance > 0 else 0.0,
             "shards": {shard.path.name: shard.notes["seal"] for shard in shards}})
         for path in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{MANIFEST}.*")):
             with suppress(OSError):
                 path.unlink()
-
-
-def _half(batch: PixelBatch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens in half precision; values that it cannot hold are an error."""
-    half = z.to(dtype)
-    if not half.isfinite().all():
-        bad = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) has activations of up to "
-                         f"{z[bad].abs().max():.3g}, which is too large for float16; choose bfloat16, as `patchsae "
-                         "cache --dtype bfloat16` does.")
-    return half
-
-
-def _sums(z: torch.Tensor, half: torch.Tensor) -> np.ndarray:
-    """Sum over tokens of z, of ||z||^2 and of ||z - half||^2: ``[D + 2]``."""
-    exact, error = z.double().flatten(0, 1), (z - half).double()
-    return np.array([*exact.sum(0).tolist(), exact.square().sum().item(), error.square().sum().item()])
-
-
-def _explained_variance_cost(sums: list[list[float]], n_tokens: int) -> float:
-    """What rounding takes from the explained variance: sum ||z - half(z)||^2 / sum ||z - mean z||^2 over all tokens.
-
-    ``sums``: of each shard, as ``_sums`` gives them.
-    """
-    *total, squares, error = np.sum(sums, axis=0)
-    variance = squares - np.square(total).sum() / max(1, n_tokens)
-    return float(error / variance) if variance > 0 else 0.0

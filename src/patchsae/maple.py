@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from patchsae.clip import Clip
-from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash
+from patchsae.weights.files import save_json, save_tensors, tensor_hash
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
@@ -56,19 +56,6 @@ class Prompts(nn.Module):
                     for parameter, value in zip(layer.parameters(), start):
                         parameter.copy_(value)
         return self
-
-    def fill(self, tensors: dict[str, torch.Tensor], where: str) -> None:
-        """Take tensors that were read from ``where``; every name and shape must fit, or the first that does not is
-        named."""
-        wanted = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        for name in sorted(wanted.keys() | tensors.keys(), key=lambda name: (name in tensors, name)):
-            shape = tuple(tensors[name].shape) if name in tensors else "missing"
-            if shape != wanted.get(name):
-                raise ValueError(f"The prompt weight {name} of {where} is {shape}, but {wanted.get(name, 'none')} is "
-                                 "asked for; use a checkpoint of this depth and width.")
-            if not tensors[name].float().isfinite().all():
-                raise ValueError(f"The prompt weight {name} of {where} has values that are not finite; fetch it again.")
-        self.load_state_dict(tensors)
 
     def text(self, block: int) -> torch.Tensor | None:
         """Tokens that enter a block of the text tower: ``[n,D_text]``; None where earlier ones are carried on."""
@@ -184,10 +171,9 @@ class MaPLe(Clip):
     @classmethod
     def load(cls, folder: Path, clip: Clip, class_names: Sequence[str]) -> "MaPLe":
         """Read what ``save`` wrote and put it on a CLIP of the same widths."""
-        settings = load_json(Path(folder) / "prompts.json", "n", "depth", "vision")
-        template = settings.pop("template", template_of(settings["n"]))
-        prompts = empty_prompts(clip, **settings)
-        prompts.fill(load_tensors(Path(folder) / "prompts.safetensors"), str(folder))
+        from patchsae.weights.maple import read_prompts  # which makes objects of these classes
+
+        prompts, template = read_prompts(Path(folder), clip)
         return cls(clip, prompts, class_tokens(clip, class_names, template), template)
 
     @classmethod
@@ -201,7 +187,7 @@ class MaPLe(Clip):
         ``clip`` instead, its own weights, token embedding and tokenizer are used, and ``class_names`` will do, for the
         checkpoint tells which words it was trained with. ``depth``: refuse any other one.
         """
-        from patchsae.weights.maple import read_official  # which makes objects of this class
+        from patchsae.weights.maple import read_official
 
         return read_official(checkpoint, token_embedding, token_ids, class_names, clip, depth)
 

@@ -1,4 +1,4 @@
-"""Official checkpoints of MaPLe (``MultiModalPromptLearner/model.pth.tar-N``): prompts, and the CLIP they belong to."""
+"""MaPLe's files: our own, of prompts alone, and official checkpoints, which hold the CLIP they belong to as well."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,35 @@ from pathlib import Path
 import torch
 
 from patchsae.clip import Clip
-from patchsae.maple import TEMPLATE, WORDS, MaPLe, class_tokens, empty_prompts, template_of
+from patchsae.maple import TEMPLATE, WORDS, MaPLe, Prompts, class_tokens, empty_prompts, template_of
 from patchsae.weights.clips import openai_clip, renamed
+from patchsae.weights.files import load_json, load_tensors
 from patchsae.weights.foreign import read_state_dict
 
 #: Part of a checkpoint -> what stands before the names of its tensors in OpenAI's layout; the prompts are in none.
 PARTS = {"image_encoder": "visual.", "text_encoder": "", "prompt_learner": None}
+
+
+def read_prompts(folder: Path, clip: Clip) -> tuple[Prompts, str]:
+    """What ``MaPLe.save`` wrote: prompts for a CLIP of the same widths, and how classes are called."""
+    settings = load_json(folder / "prompts.json", "n", "depth", "vision")
+    template = settings.pop("template", template_of(settings["n"]))
+    prompts = empty_prompts(clip, **settings)
+    _fill(prompts, load_tensors(folder / "prompts.safetensors"), str(folder))
+    return prompts, template
+
+
+def _fill(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Give prompts their values; every name and shape must fit, or the first one that does not is named."""
+    wanted = {name: tuple(p.shape) for name, p in prompts.state_dict().items()}
+    for name in sorted(wanted.keys() | tensors.keys(), key=lambda name: (name in tensors, name)):
+        shape = tuple(tensors[name].shape) if name in tensors else "missing"
+        if shape != wanted.get(name):
+            raise ValueError(f"The prompt weight {name} of {where} is {shape}, but {wanted.get(name, 'none')} is asked "
+                             "for; use a checkpoint of this depth and width.")
+        if not tensors[name].float().isfinite().all():
+            raise ValueError(f"The prompt weight {name} of {where} has values that are not finite; fetch it again.")
+    prompts.load_state_dict(tensors)
 
 
 def read_official(checkpoint: str | Path | dict, token_embedding, token_ids: torch.Tensor | None,
@@ -31,7 +54,7 @@ def read_official(checkpoint: str | Path | dict, token_embedding, token_ids: tor
     else:
         _refuse_another(clip, frozen)
     prompts = empty_prompts(clip, len(learned["ctx"]), its_depth, vision=True)
-    prompts.fill(learned, "the checkpoint")
+    _fill(prompts, learned, "the checkpoint")
     if token_ids is not None:
         return MaPLe(clip, prompts, torch.as_tensor(token_ids))
     if class_names is None or clip.tokenizer is None:
