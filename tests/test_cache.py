@@ -19,10 +19,11 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from patchsae import ArrayDataset, cache
-from patchsae.cache import DIFFERENT, cache_bytes, cache_folder, open_cache, write_cache
+from patchsae.cache import cache_bytes, cache_folder, open_cache, write_cache
 from patchsae.clip import Clip
 from patchsae.data.datasets import FolderDataset
 from patchsae.data.images import LostWorker
+from patchsae.fast.shards import DIFFERENT, Writer
 from patchsae.maple import new_maple
 from patchsae.weights.sealed import load_sealed, save_sealed
 
@@ -262,7 +263,7 @@ def _one_of_two(rank, meeting, source, folder, after):
     tqdm.set_lock(threading.RLock())
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     written = []
-    write_shard = cache._Writer._write_shard
+    write_shard = Writer._write_shard
 
     def counted(writer, k, batches):
         write_shard(writer, k, batches)
@@ -270,7 +271,7 @@ def _one_of_two(rank, meeting, source, folder, after):
         if rank == 0 and len(written) == after:
             os._exit(9)
 
-    cache._Writer._write_shard = counted
+    Writer._write_shard = counted
     try:
         source.write(folder)
         (folder.parent / f"written by {rank}").write_text(json.dumps(written))
