@@ -73,29 +73,29 @@ def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(prog="patchsae", description="Sparse autoencoders on the tokens of CLIP.")
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
-    parts = {}
+    parsers = {}
     for name, (does, _) in COMMANDS.items():
-        parts[name] = commands.add_parser(name, help=does, description=does)
+        parsers[name] = commands.add_parser(name, help=does, description=does)
         if name not in WITHOUT_PROFILE:
-            parts[name].add_argument("--profile", help="a name, or a file; by default what PROFILE says, or else mini")
-    new = parts["new"].add_argument
+            parsers[name].add_argument("--profile", help="a name, or a file; by default what PROFILE says, or mini")
+    new = parsers["new"].add_argument
     new("name", metavar="NAME", help="what the profile, its data and its figures will be called")
     new("--images", required=True, metavar="DIR", help="DIR/<class>/, or DIR/train/<class>/ and DIR/test/<class>/")
     new("--model", default="data/mini/clip", metavar="CLIP",
         help="a folder, a file or a name on the hub; by default the small one, which knows drawn scenes alone")
     new("--masks", default="", metavar="DIR", help="masks where the images would be, as the written profile explains")
     for name, what in (("new", "write"), ("reset", "do it"), ("cache", "write")):
-        parts[name].add_argument("--yes", action="store_true", help=f"{what} without asking")
-    parts["cache"].add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
-    parts["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
-    parts["check"].add_argument("--quiet", action="store_true", help="print nothing unless something is missing")
-    parts["dashboard"].add_argument("--latents", default="", help="such as 0-99,512; by default all, or 4,096 of them")
-    app = parts["app"].add_argument
+        parsers[name].add_argument("--yes", action="store_true", help=f"{what} without asking")
+    parsers["cache"].add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
+    parsers["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")
+    parsers["check"].add_argument("--quiet", action="store_true", help="print nothing unless something is missing")
+    parsers["dashboard"].add_argument("--latents", default="", help="such as 0-99,512; by default all or 4,096 of them")
+    app = parsers["app"].add_argument
     app("--host", default="127.0.0.1", help="the address to listen at, 127.0.0.1 by default")
     app("--port", type=int, default=8866, help="8866 by default")
     app("--allow-host", action="append", default=[], metavar="NAME", help="another name it may be opened under")
     app("--visitors", type=int, default=8, help="how many are served at a time, 8 by default")
-    parts["rehearsal"].add_argument("what", choices=("make", "report"))
+    parsers["rehearsal"].add_argument("what", choices=("make", "report"))
     return whole
 
 

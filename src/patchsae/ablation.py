@@ -107,8 +107,8 @@ def matched_order(lat, seed: int, depth: int) -> Order:
                 alike = others[np.argpartition(distance, last)[:ALIKE]] if len(others) else [latent]
             chosen.append(alike[rng.integers(len(alike))])
             free[chosen[-1]] = False
-        rest = ranking[~np.isin(ranking, chosen)]
-        return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), rest]))
+        others = ranking[~np.isin(ranking, chosen)]
+        return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), others]))
 
     return matched
 
@@ -271,11 +271,11 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     arms = [make_arm(lat, name, s, ks, ranking) for name in selections
             for s in seeds[:None if name in CHANCE else 1]]
     classes = _rankable(lat, ranking)
-    there = np.flatnonzero(np.isin(ds.labels, classes))
-    if not len(there):
+    rows = np.flatnonzero(np.isin(ds.labels, classes))
+    if not len(rows):
         raise ValueError("No image is of a class with training images; use the training split of the same task.")
-    if len(there) < len(ds):
-        ds = Subset(ds, range(len(ds.class_names)), there)
+    if len(rows) < len(ds):
+        ds = Subset(ds, range(len(ds.class_names)), rows)
     setup = Setup(clip, sae, text.to(clip.device), layer, arms, len(ks), classes, add_error)
     edits = [("original", 0), ("spliced", sae.n_latents), *(("on", k) for k in ks), *(("off", k) for k in ks)]
     conditions = pd.DataFrame([(arm.selection, arm.seed, *edit) for arm in arms for edit in edits],

@@ -159,8 +159,8 @@ class TrainingTokens:
             for z in self.cache.batches(list(rows), self.clip.device):
                 yield z.float()
         elif self.kept is not None:
-            for part in rows:
-                places = self.place[part]
+            for batch in rows:
+                places = self.place[batch]
                 yield self.kept[torch.from_numpy(places[places >= 0])]
         else:
             for batch in read_pixels(self.clip, self.ds, list(rows)):

@@ -70,19 +70,19 @@ class LatentStatistics:
         """Write ``latents.safetensors`` and then ``latents.json``, which makes the pair complete."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         save_tensors(folder / "latents.safetensors", {k: v for k, v in fields.items() if torch.is_tensor(v)})
-        rest = {k: v for k, v in fields.items() if not torch.is_tensor(v)}
-        save_json(folder / "latents.json", rest | {"reference_ids": self.reference_ids.tolist()})
+        facts = {k: v for k, v in fields.items() if not torch.is_tensor(v)}
+        save_json(folder / "latents.json", facts | {"reference_ids": self.reference_ids.tolist()})
 
     @classmethod
     def load(cls, folder: Path) -> "LatentStatistics":
         """Read what ``save`` wrote; what does not belong together is refused."""
         path = folder / "latents.json"
-        rest = load_json(path, "reference_ids", "n_images", "tau", "block", "class_names", "sae_hash", "n_unreadable")
+        facts = load_json(path, "reference_ids", "n_images", "tau", "block", "class_names", "sae_hash", "n_unreadable")
         tensors = load_tensors(folder / "latents.safetensors")
-        rest |= {"reference_ids": np.array(rest["reference_ids"], dtype=object),
-                 "class_names": tuple(rest["class_names"])}
+        facts |= {"reference_ids": np.array(facts["reference_ids"], dtype=object),
+                  "class_names": tuple(facts["class_names"])}
         try:
-            statistics = cls(**tensors, **rest)
+            statistics = cls(**tensors, **facts)
             n, k = statistics.reference_values.shape
             shapes = [(n,)] * 4 + [(n, k)] * 4 + [(len(statistics.class_names), n)]
             fields = [getattr(statistics, f.name) for f in dataclasses.fields(cls)[:len(shapes)]]
@@ -117,7 +117,7 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
             labels += batch.labels.tolist()
             rows += mine.places(batch.rows)
     running.merge()
-    ids, labels, rows = (sum(parts, []) for parts in zip(*processes.gathered((ids, labels, rows))))
+    ids, labels, rows = (sum(lists, []) for lists in zip(*processes.gathered((ids, labels, rows))))
     mine.tell_unreadable()
     return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows),
                           block=clip.block(layer), class_names=ds.class_names, sae_hash=sae.fingerprint(),
@@ -190,12 +190,12 @@ class _Running:
         """
         for total in (self.active, self.strength, self.class_counts):
             processes.add_up(total)
-        parts = processes.gathered((self.n_images, self.values.cpu(), self.rows.cpu()))
-        (self.n_images, values, rows), everything = parts[0], slice(None)
-        self.values, self.rows = values.to(self.values.device), rows.to(self.rows.device)
-        for n_images, values, rows in parts[1:]:
+        seen = processes.gathered((self.n_images, self.values.cpu(), self.rows.cpu()))
+        self.n_images, device = 0, self.values.device
+        self.values, self.rows = torch.zeros_like(self.values), torch.full_like(self.rows, -1)
+        for n_images, values, rows in seen:
             rows = torch.where(rows >= 0, rows + self.n_images, -1)
-            self._keep_strongest(everything, values.to(self.values.device), rows.to(self.rows.device))
+            self._keep_strongest(slice(None), values.to(device), rows.to(device))
             self.n_images += n_images
 
     def finish(self, ids: np.ndarray, labels: torch.Tensor, positions: torch.Tensor, **known) -> LatentStatistics:
@@ -204,18 +204,18 @@ class _Running:
         rows, values = self.rows.cpu(), self.values.cpu()
         if not self.strength.isfinite().all():
             raise ValueError("The autoencoder gives latents that are not finite; check its weights.")
-        there = rows >= 0
-        reference_labels = torch.where(there, labels[rows.clamp_min(0)], -1)
-        enough = there.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
+        filled = rows >= 0
+        reference_labels = torch.where(filled, labels[rows.clamp_min(0)], -1)
+        enough = filled.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
         nothing = torch.full((len(rows),), float("nan"))
         entropy = label_entropy(reference_labels, values, len(self.class_counts))
         return LatentStatistics(
             frequency=(self.active / self.n_images).float().cpu(),
             mean_activation=(self.strength / self.active).float().cpu(),
             label_entropy=torch.where(enough, entropy, nothing),
-            label_std=torch.where(enough, _masked_std(reference_labels.double(), there).float(), nothing),
-            reference_ids=np.where(there.numpy(), ids[rows.clamp_min(0).numpy()], ""),
-            reference_rows=torch.where(there, positions[rows.clamp_min(0)], -1),
+            label_std=torch.where(enough, _masked_std(reference_labels.double(), filled).float(), nothing),
+            reference_ids=np.where(filled.numpy(), ids[rows.clamp_min(0).numpy()], ""),
+            reference_rows=torch.where(filled, positions[rows.clamp_min(0)], -1),
             reference_labels=reference_labels, reference_values=values, class_counts=self.class_counts.cpu(),
             n_images=self.n_images, tau=self.tau, **known)
 

@@ -114,7 +114,7 @@ class MaPLe(Clip):
         """Unit-length text embeddings of the classes ``[C,P]``, or of other prompts of the same form ``[N,P]``."""
         ids = self.token_ids if prompts is None else self.tokenise(prompts)["input_ids"]
         with torch.no_grad():
-            return torch.cat([self.text(part) for part in ids.split(batch)])
+            return torch.cat([self.text(some) for some in ids.split(batch)])
 
     def text(self, ids: torch.Tensor) -> torch.Tensor:
         """Unit-length embeddings of tokenised prompts ``[N,L] -> [N,P]``, with gradients.

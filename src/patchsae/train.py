@@ -291,13 +291,13 @@ class _Run:
     def begin(self, room: int = 1) -> None:
         """Start, or take up the last checkpoint; with so many times the usual room for active latents."""
         s, saved = self.profile.sae, self.folder / "training.json"
-        there = saved.is_file()
-        if there and load_json(saved, "key")["key"] != self.key:
+        begun = saved.is_file()
+        if begun and load_json(saved, "key")["key"] != self.key:
             raise ValueError(f"{self.folder} holds a training with other settings; choose another folder or remove it.")
-        sae = _empty(self.profile, self.clip).to(self.clip.device) if there else new_sae(
+        sae = _empty(self.profile, self.clip).to(self.clip.device) if begun else new_sae(
             self.profile, self.clip, self.ds)
         self.training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost, s.precision)
-        if there:
+        if begun:
             self.training.resume(self.folder)
         self.training.make_room(room)
         self.log = _read_log(self.folder / "log.csv", self.training.steps_done)

@@ -26,7 +26,7 @@ DIFFERENT = {"model": "with another model", "block": "after block {0} and not {1
 
 def refuse_other(path: Path, made: dict, expected: dict) -> None:
     """Refuse a file of a cache that was made of other things."""
-    if other := [DIFFERENT[name].format(made[name], it) for name, it in expected.items() if made[name] != it]:
+    if other := [DIFFERENT[name].format(made[name], asked) for name, asked in expected.items() if made[name] != asked]:
         raise ValueError(f"{path} is of a cache that was made {' and '.join(other)}; choose another folder, or remove "
                          f"{path.parent} and run `make cache` again.")
 

@@ -12,7 +12,7 @@ from patchsae.weights.files import load_json, load_tensors
 from patchsae.weights.foreign import read_state_dict
 
 #: Part of a checkpoint -> what stands before the names of its tensors in OpenAI's layout; the prompts are in none.
-PARTS = {"image_encoder": "visual.", "text_encoder": "", "prompt_learner": None}
+TOWERS = {"image_encoder": "visual.", "text_encoder": "", "prompt_learner": None}
 
 
 def read_prompts(folder: Path, clip: Clip) -> tuple[Prompts, str]:
@@ -68,16 +68,16 @@ def _split(state: dict) -> tuple[dict, dict]:
     """Prompts, and CLIP under OpenAI's names."""
     learned, frozen = {}, {}
     for key, value in state.items():
-        part, _, name = str(key).partition(".")
-        if not torch.is_tensor(value) or part not in PARTS and key != "logit_scale":
+        tower, _, name = str(key).partition(".")
+        if not torch.is_tensor(value) or tower not in TOWERS and key != "logit_scale":
             raise ValueError(f"The checkpoint's key {key!r:.80} does not belong to MaPLe; give its model.pth.tar-N.")
         if "VPT" in name:
             raise ValueError(f"The checkpoint is of IVLP, by its key {key}: its image prompts do not follow from its "
                              "text prompts, so that it cannot be read; give a checkpoint of MaPLe.")
-        if part == "prompt_learner":
+        if tower == "prompt_learner":
             learned[name] = value
         else:
-            frozen[PARTS[part] + name if part in PARTS else key] = value
+            frozen[TOWERS[tower] + name if tower in TOWERS else key] = value
     if "ctx" not in learned or learned["ctx"].ndim != 2:
         raise ValueError("The checkpoint lacks the key prompt_learner.ctx; give MaPLe's model.pth.tar-N.")
     return learned, frozen
