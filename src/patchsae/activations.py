@@ -167,7 +167,3 @@ class TrainingTokens:
                 with torch.no_grad(), self._autocast():
                     z = self.clip.below(batch.pixels, self.layer)
                 yield z[:, :self.clip.n_tokens].float()
-
-
-#: The tokens of a model and data set at a layer; the last ones asked for are kept.
-training_tokens = functools.lru_cache(maxsize=1)(TrainingTokens)

@@ -6,6 +6,7 @@ sparse way is faster.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import training_rows, training_tokens
+from patchsae.activations import TrainingTokens, training_rows
 from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
@@ -220,11 +221,15 @@ def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: flo
 
 # The run ------------------------------------------------------------------------------------------------
 
+#: The tokens of a model and data set at a layer; the last ones asked for are kept.
+_tokens = functools.lru_cache(maxsize=1)(TrainingTokens)
+
+
 def training_batches(profile: Profile, clip: Clip, ds: Images, steps: range) -> Iterator[torch.Tensor]:
     """Tokens of each training step: whole images ``[B,T,D]`` or shuffled tokens ``[B*T,D]``, of all tokens or of the
     class tokens alone (T = 1). Of several processes each has its share of every batch."""
     s, cache = profile.sae, profile_cache(profile, clip, ds)
-    tokens = training_tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
+    tokens = _tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
     if s.batch_images % processes.count():
         raise ValueError(f"A batch of {s.batch_images} images cannot be shared evenly by {processes.count()} "
                          "processes; change sae.batch_images or the number of processes.")

@@ -176,7 +176,7 @@ def test_too_many_unreadable_images_are_one_sentence(tmp_path, clip):
 
 def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):
     ds = folder(tmp_path, 48)
-    monkeypatch.setattr("patchsae.activations.os.cpu_count", lambda: 3)
+    monkeypatch.setattr("patchsae.data.reading.os.cpu_count", lambda: 3)
     many = list(token_batches(clip, ds, LAYER, 4))
     monkeypatch.setattr("patchsae.data.reading.MOST_WORKERS", 0)
     one = list(token_batches(clip, ds, LAYER, 4))

@@ -1,15 +1,18 @@
 """A profile for somebody's own images and model; what its runs leave is put back; commands answer in a sentence."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import SIDE, one_sentence, random_sae
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from patchsae import config, load_profile, sae_loss
@@ -292,6 +295,21 @@ def test_an_unknown_profile_is_a_sentence_in_every_command(command, monkeypatch,
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert "nonsense" in str(error.value) and one_sentence(error.value)
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    from patchsae.__main__ import EXTRAS, main
+
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "patchsae.app.dashboard", raising=False)
+    with pytest.raises(SystemExit, match=r"jinja2.*dashboard.*'patchsae\[app\]'") as error:
+        main(["dashboard", "--profile", "mini"])
+    assert one_sentence(error.value)
+    project = tomllib.loads((config.PROFILES.parents[2] / "pyproject.toml").read_text())["project"]
+    providers = importlib.metadata.packages_distributions()
+    for package, extra in EXTRAS.items():
+        names = tuple(map(canonicalize_name, providers.get(package, [package])))
+        assert any(line.startswith(names) for line in project["optional-dependencies"][extra]), package
 
 
 def test_new_and_reset_run_from_make(tmp_path):
