@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from patchsae.data.images import Crop, Images, Item, LostWorker, Unreadable
+from patchsae.data.images import Crop, Images, Item, LostWorker
 
 #: Worker processes that read images from files; more of them wait for the disk or for the model.
 MOST_WORKERS = 16
@@ -23,16 +23,13 @@ def read_rows(ds: Images, crop: Crop, rows: Sequence[int]) -> tuple:
 
     Images are uint8 ``[B,S,S,3]``, cropped, or float ``[B,3,H,W]``, as they are where they are preprocessed already.
     """
-    read, items, unreadable = [], [], {}
-    for row in map(int, rows):
-        try:
-            items.append(ds[row])
-            read.append(row)
-        except Unreadable as error:
-            unreadable[row] = str(error)
+    rows = list(map(int, rows))
+    pairs = list(ds.readable(rows))
+    read, items = [row for row, _ in pairs], [item for _, item in pairs]
     images = [torch.as_tensor(crop(item.image) if _is_uint8(item) else item.image) for item in items]
     return (torch.stack(images) if images else None, torch.tensor([item.label for item in items]),
-            [item.id for item in items], np.array(read, dtype=np.int64), unreadable)
+            [item.id for item in items], np.array(read, dtype=np.int64),
+            {row: ds.unreadable[row] for row in rows if row not in read})
 
 
 def _is_uint8(item: Item) -> bool:
