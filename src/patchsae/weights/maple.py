@@ -8,7 +8,7 @@ import torch
 from patchsae.clip import Clip
 from patchsae.maple import TEMPLATE, WORDS, MaPLe, Prompts, class_tokens, empty_prompts, template_of
 from patchsae.weights.clips import openai_clip, renamed
-from patchsae.weights.files import load_json, load_tensors
+from patchsae.weights.files import checked_weights, load_json, load_tensors
 from patchsae.weights.foreign import read_state_dict
 
 #: Part of a checkpoint -> what stands before the names of its tensors in OpenAI's layout; the prompts are in none.
@@ -25,16 +25,13 @@ def read_prompts(folder: Path, clip: Clip) -> tuple[Prompts, str]:
 
 
 def _fill(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Give prompts their values; every name and shape must fit, or the first one that does not is named."""
-    wanted = {name: tuple(p.shape) for name, p in prompts.state_dict().items()}
-    for name in sorted(wanted.keys() | tensors.keys(), key=lambda name: (name in tensors, name)):
-        shape = tuple(tensors[name].shape) if name in tensors else "missing"
-        if shape != wanted.get(name):
-            raise ValueError(f"The prompt weight {name} of {where} is {shape}, but {wanted.get(name, 'none')} is asked "
-                             "for; use a checkpoint of this depth and width.")
-        if not tensors[name].float().isfinite().all():
-            raise ValueError(f"The prompt weight {name} of {where} has values that are not finite; fetch it again.")
-    prompts.load_state_dict(tensors)
+    """Give prompts their values; every name must have a place and every place a name."""
+    shapes = {name: list(p.shape) for name, p in prompts.state_dict().items()}
+    if wrong := shapes.keys() ^ tensors.keys():
+        name = min(wrong, key=lambda name: (name in tensors, name))
+        raise ValueError(f"{where} has {'no place for' if name in tensors else 'no'} prompt weight {name}; use a "
+                         "checkpoint of this depth.")
+    prompts.load_state_dict(checked_weights(tensors, shapes, where))
 
 
 def read_official(checkpoint: str | Path | dict, token_embedding, token_ids: torch.Tensor | None,
@@ -54,7 +51,7 @@ def read_official(checkpoint: str | Path | dict, token_embedding, token_ids: tor
     else:
         _refuse_another(clip, frozen)
     prompts = empty_prompts(clip, len(learned["ctx"]), its_depth, vision=True)
-    _fill(prompts, learned, "the checkpoint")
+    _fill(prompts, learned, "The checkpoint")
     if token_ids is not None:
         return MaPLe(clip, prompts, torch.as_tensor(token_ids))
     if class_names is None or clip.tokenizer is None:
