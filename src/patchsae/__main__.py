@@ -64,9 +64,10 @@ COMMANDS = {
                   lambda o: _call("project.artifacts.run", o.profile))}
 #: Commands whose work processes share, and those that are of no profile or always of the same.
 SHARED, WITHOUT_PROFILE = ("train", "latents", "cache"), ("new", "rehearsal", "mini-clip")
-#: Packages that only some commands import, and the extra of pyproject.toml that each is in.
-EXTRAS = {"peft": "adapt", "anywidget": "app", "jinja2": "app", "traitlets": "app", "datasets": "scale",
-          "fonticon_mdi7": "notebooks", "matplotlib": "notebooks", "seaborn": "notebooks"}
+#: Packages that only some commands import, and the extra of pyproject.toml that each comes with.
+EXTRAS = {"peft": "adapt", "datasets": "scale", "anywidget": "app", "jinja2": "app", "jupyter_server": "app",
+          "tornado": "app", "traitlets": "app", "voila": "app", "fonticon_mdi7": "notebooks",
+          "jupyter_client": "notebooks", "matplotlib": "notebooks", "seaborn": "notebooks"}
 
 
 def parser() -> argparse.ArgumentParser:
