@@ -281,7 +281,7 @@ assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.mod
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: patchsae") == 12
+    assert done.stdout.count("usage: patchsae") == 13
 
 
 @pytest.mark.parametrize("command", ["train", "latents", "cache", "check", "fetch", "dashboard", "reset", "artifacts"])
