@@ -17,14 +17,12 @@ from patchsae import ArrayDataset, SparseAutoencoder, load_clip, load_profile
 from patchsae.ablation import (
     CHANCE,
     SELECTIONS,
-    active_latents,
     class_order,
     dataset_order,
     make_arm,
     masked_tokens,
     matched_order,
     random_order,
-    segment_sums,
     topk_masking,
     unshared_order,
     wrong_classes,
@@ -32,6 +30,7 @@ from patchsae.ablation import (
 from patchsae.clip import Clip, class_prototypes
 from patchsae.config import ROOT
 from patchsae.data.datasets import open_dataset, templates
+from patchsae.fast.segments import active_latents, segment_sums
 from patchsae.latents import collect_latents
 from patchsae.studies.study import committed_folder
 

@@ -79,7 +79,7 @@ class Damaged(ArrayDataset):
 @pytest.mark.parametrize("kept", [True, False])
 def test_tokens_of_unreadable_images_are_left_out(clip, monkeypatch, kept):
     monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 6)
-    monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 1)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 1)
     if not kept:
         monkeypatch.setattr(patchsae.activations, "MEMORY", 0)
     pixels = torch.randn(23, 3, 16, 16, generator=torch.Generator().manual_seed(0))

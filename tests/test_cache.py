@@ -19,10 +19,11 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from patchsae import ArrayDataset, cache
-from patchsae.cache import DIFFERENT, cache_bytes, cache_folder, open_cache, write_cache
+from patchsae.cache import cache_bytes, cache_folder, open_cache, write_cache
 from patchsae.clip import Clip
 from patchsae.data.datasets import FolderDataset
 from patchsae.data.images import LostWorker
+from patchsae.fast.shards import DIFFERENT, Writer
 from patchsae.maple import new_maple
 from patchsae.weights.sealed import load_sealed, save_sealed
 
@@ -167,8 +168,7 @@ def test_positions_outside_the_data_set(made, rows):
 @pytest.fixture
 def many_files(tmp_path, monkeypatch):
     """24 image files in two classes, two of them damaged; more may be unreadable than usual."""
-    monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 0.5)
-    monkeypatch.setattr(cache, "MOST_UNREADABLE", 0.5)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.5)
     for i in range(24):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def test_what_could_not_be_read_counts_again_when_writing_goes_on(clip, many_fil
     assert contents(write_cache(clip, many_files, LAYER, tmp_path / "c").folder) == whole
     assert len(many_files.unreadable) == 2
     (tmp_path / "c" / "manifest.json").unlink()
-    monkeypatch.setattr(cache, "MOST_UNREADABLE", 0.01)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.01)
     refusal(ValueError, lambda: write_cache(clip, many_files, LAYER, tmp_path / "c"), "2 of 24")
 
 
@@ -263,7 +263,7 @@ def _one_of_two(rank, meeting, source, folder, after):
     tqdm.set_lock(threading.RLock())
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     written = []
-    write_shard = cache._Writer._write_shard
+    write_shard = Writer._write_shard
 
     def counted(writer, k, batches):
         write_shard(writer, k, batches)
@@ -271,7 +271,7 @@ def _one_of_two(rank, meeting, source, folder, after):
         if rank == 0 and len(written) == after:
             os._exit(9)
 
-    cache._Writer._write_shard = counted
+    Writer._write_shard = counted
     try:
         source.write(folder)
         (folder.parent / f"written by {rank}").write_text(json.dumps(written))

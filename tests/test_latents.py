@@ -478,16 +478,17 @@ from pathlib import Path
 from conftest import LAYER, random_clip_model
 from test_latents import quiet_sae, some_data, whole_sae, integers, Exact
 import numpy as np, torch
-from patchsae import ArrayDataset, activations
+from patchsae import ArrayDataset
 from patchsae.fast import processes
 from patchsae.clip import Clip
+from patchsae.data import reading
 from patchsae.data.images import FileDataset
 from patchsae.latents import collect_latents, saved_latents
 import conftest
 
 torch.set_num_threads(1)
 processes.join()
-activations.MOST_UNREADABLE = 0.2
+reading.MOST_UNREADABLE = 0.2
 out, clip = Path(sys.argv[1]), Clip(random_clip_model(), None, conftest.tiny_processor())
 rng = np.random.default_rng(0)
 ties = ArrayDataset(integers(rng.integers(-1, 2, (33, 60))), rng.integers(0, 3, 33), class_names="abc")

@@ -9,9 +9,10 @@ from maple_twin import image_states, state_dict, text_embeddings
 from transformers import BatchEncoding
 
 from patchsae.clip import Clip
-from patchsae.maple import MaPLe, Prompts, class_prompts, new_maple, tokenise
+from patchsae.maple import MaPLe, Prompts, class_tokens, new_maple
 
 CLASSES = ("cat", "dog", "big truck")
+PROMPTS = [f"a photo of a {name}." for name in CLASSES]
 
 
 def token_ids(classes=5, words=100, seed=3):
@@ -175,7 +176,7 @@ def test_more_tokens_than_words_leave_the_names_whole(clip):
     """Six learned tokens take the place of six placeholders, not of the template and two words of the name."""
     model = new_maple(clip, ["big truck", "red truck"], n=6, depth=1, vision=False, seed=0)
     assert (model.text_features()[0] - model.text_features()[1]).abs().max() > 1e-3
-    assert torch.equal(model.token_ids[0, 7:9], tokenise(clip, ["big truck"])[0, 1:3])
+    assert torch.equal(model.token_ids[0, 7:9], clip.tokenise(["big truck"])["input_ids"][0, 1:3])
     torch.testing.assert_close(model.for_classes(["red truck"]).text_features()[0], model.text_features()[1])
 
 
@@ -187,18 +188,18 @@ def pixels():
 
 
 def test_without_prompts_it_is_the_plain_clip_bit_for_bit(clip, pixels):
-    ids = tokenise(clip, class_prompts(CLASSES))
+    ids = class_tokens(clip, CLASSES)
     model = MaPLe(clip, None, ids)
     for layer in range(4):
         assert torch.equal(model.below(pixels, layer), clip.below(pixels, layer))
         assert torch.equal(model.above(model.below(pixels, layer), layer), clip.above(clip.below(pixels, layer), layer))
-    assert torch.allclose(model.text_features(), clip.text_features(class_prompts(CLASSES)), atol=1e-6)
+    assert torch.allclose(model.text_features(), clip.text_features(PROMPTS), atol=1e-6)
     assert model.fingerprint() == clip.fingerprint()
 
 
 def test_text_prompts_that_repeat_the_words_they_replace_change_nothing(clip):
     model = new_maple(clip, CLASSES, n=2, depth=1, vision=False, seed=0)
-    assert torch.allclose(model.text_features(), clip.text_features(class_prompts(CLASSES)), atol=1e-6)
+    assert torch.allclose(model.text_features(), clip.text_features(PROMPTS), atol=1e-6)
     assert model.prompts.image(0) is None
 
 

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from scipy.spatial import cKDTree
 
-from patchsae.activations import PixelBatch, finite_tokens, pixel_batches
+from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
+from patchsae.data.datasets import Subset
 from patchsae.data.images import Images
+from patchsae.fast.segments import active_latents, segment_sums
 from patchsae.sae import SparseAutoencoder
 
 #: "class": counts of the image's class (paper). "dataset": counts of all classes (paper). "random" (paper).
@@ -70,7 +71,7 @@ def unshared_order(lat) -> Order:
 
     A list holds the first 100 latents of a class (or a quarter, if that is less) that were active at all.
     """
-    counts, order, classes = torch.as_tensor(lat.class_counts), class_order(lat), _counted(lat, None)
+    counts, order, classes = torch.as_tensor(lat.class_counts), class_order(lat), _rankable(lat, None)
     lists = torch.zeros(counts.shape[1], dtype=torch.long)
     for label in classes:
         leading = order(label)[:min(LIST, counts.shape[1] // 4)]
@@ -106,8 +107,8 @@ def matched_order(lat, seed: int, depth: int) -> Order:
                 alike = others[np.argpartition(distance, last)[:ALIKE]] if len(others) else [latent]
             chosen.append(alike[rng.integers(len(alike))])
             free[chosen[-1]] = False
-        rest = ranking[~np.isin(ranking, chosen)]
-        return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), rest]))
+        others = ranking[~np.isin(ranking, chosen)]
+        return torch.from_numpy(np.concatenate([np.array(chosen, np.int64), others]))
 
     return matched
 
@@ -132,17 +133,12 @@ def wrong_classes(classes: Sequence[int], seed: int) -> dict[int, int]:
 
 
 class Arm(NamedTuple):
-    """One way to choose latents.
-
-    ``segments(label) [S]``: for each latent, how many of the values of k its rank lies beyond.
-    ``whose(label, predicted)``: the class whose ranking an image gets, from its true class and the class that the
-    unedited model predicts.
-    """
+    """One way to choose latents; ``segments(label) [S]``: for each latent, how many of the values of k its rank for
+    this class lies beyond."""
 
     selection: str
     seed: int
     segments: Callable[[int], torch.Tensor]
-    whose: Callable[[int, int], int]
 
 
 def make_arm(lat, selection: str, seed: int, ks: Sequence[int], ranking=None) -> Arm:
@@ -151,74 +147,41 @@ def make_arm(lat, selection: str, seed: int, ks: Sequence[int], ranking=None) ->
         raise ValueError(f"There is no selection {selection!r}; choose one of {', '.join(SELECTIONS)}.")
     if ranking is not None:
         order = torch.as_tensor(ranking).__getitem__
-    elif selection in ("class", "wrong-class", "predicted-class"):
-        order = class_order(lat)
     elif selection == "matched":
         order = matched_order(lat, seed, max([k for k in ks if k < len(lat.frequency)], default=0))
     elif selection == "random":
         order = random_order(lat, seed)
     else:
-        order = {"dataset": dataset_order, "class-unshared": unshared_order}[selection](lat)
+        order = {"dataset": dataset_order, "class-unshared": unshared_order}.get(selection, class_order)(lat)
+    other = wrong_classes(_rankable(lat, ranking), seed) if selection == "wrong-class" else {}
     bounds = torch.tensor(ks, dtype=torch.long)
 
     @functools.cache
     def segments(label: int) -> torch.Tensor:
-        rank = torch.argsort(ranked := order(label).long().cpu())
+        rank = torch.argsort(ranked := order(other.get(label, label)).long().cpu())
         if not torch.equal(ranked[rank], torch.arange(len(ranked))):
             raise ValueError(f"The ranking of class {label} does not name every latent once; give an order of all.")
         return torch.bucketize(rank, bounds, right=True).to(torch.int16)
 
-    if selection == "wrong-class":
-        other = wrong_classes(_counted(lat, ranking), seed)
-        return Arm(selection, seed, segments, lambda label, predicted: other[label])
-    oracle = selection != "predicted-class"
-    return Arm(selection, seed, segments, lambda label, predicted: label if oracle else predicted)
+    return Arm(selection, seed, segments)
 
 
-def _counted(lat, ranking) -> list[int]:
+def _rankable(lat, ranking) -> list[int]:
     """Classes that can be ranked: those with training images, or all of a given ranking."""
-    rankable = torch.as_tensor(lat.class_counts).any(1) if ranking is None else torch.ones(len(ranking))
+    rankable = torch.ones(len(ranking)) if ranking is not None else torch.as_tensor(lat.class_counts).any(1)
     return rankable.nonzero()[:, 0].tolist()
 
 
 # Editing tokens -----------------------------------------------------------------------------------------
 
-class Active(NamedTuple):
-    """Latents above 0: where they are and their values, each ``[N]``."""
-
-    image: torch.Tensor
-    token: torch.Tensor
-    latent: torch.Tensor
-    value: torch.Tensor
-
-
-def active_latents(sae: SparseAutoencoder, z: torch.Tensor) -> Active:
-    """Encode tokens ``[B,T,D]`` and keep what is above 0."""
-    h = sae.encode(z)
-    where = h.nonzero(as_tuple=True)
-    return Active(*where, h[where])
-
-
-def segment_sums(sae: SparseAutoencoder, active: Active, segment: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """Sums of h_s W_dec[s] over the active latents of each segment: ``[B,J+1,T,D]``.
-
-    ``segment [N]``: that of each active latent; ``shape``: (B, J+1, T).
-    """
-    bag, by_bag = torch.sort((active.image * shape[1] + segment) * shape[2] + active.token, stable=True)
-    starts = torch.searchsorted(bag, torch.arange(np.prod(shape), device=bag.device))
-    sums = F.embedding_bag(active.latent[by_bag], sae.W_dec, starts, mode="sum",
-                           per_sample_weights=active.value[by_bag])
-    return sums.view(*shape, -1)
-
-
-def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, parts: torch.Tensor, add_error: bool) -> torch.Tensor:
+def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, sums: torch.Tensor, add_error: bool) -> torch.Tensor:
     """Spliced, on k_1..k_J, off k_1..k_J: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]`` (sec. 4.1).
 
         on k  = b_dec + sum over ranks < k of h_s W_dec[s];  off k = b_dec + sum over ranks >= k
         with the autoencoder's error: z - sum over the removed latents, so that removing none leaves z bit for bit
     """
-    top = list(itertools.accumulate(parts.unbind(1)))
-    bottom = list(itertools.accumulate(parts.flip(1).unbind(1)))[-2::-1]
+    top = list(itertools.accumulate(sums.unbind(1)))
+    bottom = list(itertools.accumulate(sums.flip(1).unbind(1)))[-2::-1]
     if add_error:
         return torch.stack([z, *(z - removed for removed in [*bottom, *top[:-1]])], 1)
     return torch.stack([top[-1], *top[:-1], *bottom], 1).add_(sae.b_dec)
@@ -240,20 +203,15 @@ class Setup(NamedTuple):
 
 
 @torch.no_grad()
-def masked_logits(setup: Setup, ds, batch_images: int = 64, title: str = "") -> Iterator[tuple]:
-    """Classify the images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
-    clip, wanted = setup.clip, torch.zeros(len(setup.text), dtype=torch.bool)
-    wanted[setup.classes] = True
-    for batch in pixel_batches(clip, ds, batch_images, title):
-        rows = wanted[batch.labels].nonzero()[:, 0]
-        if len(rows):
-            labels, ids = batch.labels[rows].tolist(), [batch.ids[i] for i in rows.tolist()]
-            chosen = PixelBatch(batch.pixels[rows.to(clip.device)], batch.labels[rows], ids, batch.rows[rows.numpy()])
-            logits = batch_logits(setup, finite_tokens(clip, chosen, setup.layer), labels)
-            if not logits.isfinite().all():
-                raise ValueError("Images with latents switched off have logits that are not finite; check the weights "
-                                 "of the autoencoder and of the model.")
-            yield logits.cpu(), labels, ids
+def masked_logits(setup: Setup, ds: Images, batch_images: int, title: str) -> Iterator[tuple]:
+    """Classify images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
+    for batch in token_batches(setup.clip, ds, setup.layer, batch_images, title):
+        labels = batch.labels.tolist()
+        logits = batch_logits(setup, batch.z, labels)
+        if not logits.isfinite().all():
+            raise ValueError("Images with latents switched off have logits that are not finite; check the weights of "
+                             "the autoencoder and of the model.")
+        yield logits.cpu(), labels, batch.ids
 
 
 def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
@@ -269,16 +227,16 @@ def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.
 def _edited_logits(setup: Setup, z: torch.Tensor, labels, predicted) -> torch.Tensor:
     """Logits of images ``[B,T,D]`` under every edit: ``[B,arms,1+2J,C]``. Prompt tokens stay as they are."""
     tokens, prompts = z[:, :setup.clip.n_tokens], z[:, setup.clip.n_tokens:]
-    active, found = active_latents(setup.sae, tokens), []
+    active, logits = active_latents(setup.sae, tokens), []
     for arm in setup.arms:
-        table = torch.stack([arm.segments(arm.whose(*pair)) for pair in zip(labels, predicted)]).to(z.device)
-        segment = table[active.image, active.latent].long()
-        parts = segment_sums(setup.sae, active, segment, (len(z), setup.n_k + 1, tokens.shape[1]))
-        edited = masked_tokens(setup.sae, tokens, parts, setup.add_error)
+        whose = predicted if arm.selection == "predicted-class" else labels
+        segment = torch.stack([arm.segments(label) for label in whose]).to(z.device)[active.image, active.latent]
+        sums = segment_sums(setup.sae, active, segment.long(), (len(z), setup.n_k + 1, tokens.shape[1]))
+        edited = masked_tokens(setup.sae, tokens, sums, setup.add_error)
         if prompts.shape[1]:
             edited = torch.cat([edited, prompts[:, None].expand(-1, edited.shape[1], -1, -1)], 2)
-        found.append(_classify(setup, edited))
-    return torch.stack(found, 1)
+        logits.append(_classify(setup, edited))
+    return torch.stack(logits, 1)
 
 
 def _classify(setup: Setup, z: torch.Tensor) -> torch.Tensor:
@@ -308,29 +266,29 @@ def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: tor
     """
     ds, ks = as_images(ds), _checked_ks(ks, sae.n_latents)
     selections, seeds = _several(selection, "selection", str), _several(seed, "seed", int)
-    text = _checked_text(text_features)
-    if lat is not None:
-        _check_statistics(lat, sae, ds, clip.block(layer), ranked=ranking is not None)
-    _check_shapes(sae, ds, lat, text, ranking)
-    classes = _counted(lat, ranking)
+    _check_latents(sae, ds, clip.block(layer), lat, ranking)
+    text = _checked_text(sae, ds, lat, text_features, ranking)
     arms = [make_arm(lat, name, s, ks, ranking) for name in selections
             for s in seeds[:None if name in CHANCE else 1]]
+    classes = _rankable(lat, ranking)
+    rows = np.flatnonzero(np.isin(ds.labels, classes))
+    if not len(rows):
+        raise ValueError("No image is of a class with training images; use the training split of the same task.")
+    if len(rows) < len(ds):
+        ds = Subset(ds, range(len(ds.class_names)), rows)
     setup = Setup(clip, sae, text.to(clip.device), layer, arms, len(ks), classes, add_error)
     edits = [("original", 0), ("spliced", sae.n_latents), *(("on", k) for k in ks), *(("off", k) for k in ks)]
     conditions = pd.DataFrame([(arm.selection, arm.seed, *edit) for arm in arms for edit in edits],
                               columns=["selection", "seed", "mode", "k"])
     batches = masked_logits(setup, ds, batch_images, title)
-    rows = _image_rows(batches, conditions, per_image is True) if per_image else _class_rows(batches, conditions)
-    if rows.empty:
-        raise ValueError("No image is of a class with training images; use the training split of the same task.")
-    rows.attrs["left_out"] = len(text_features) - len(classes)
-    return rows
+    table = _image_rows(batches, conditions, per_image is True) if per_image else _class_rows(batches, conditions)
+    table.attrs["left_out"] = len(text) - len(classes)
+    return table
 
 
 def _several(values, what: str, kind: type) -> list:
     """One value or several different ones, as a list."""
-    listed = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
-    listed = [value.item() if isinstance(value, np.generic) else value for value in listed]
+    listed = np.atleast_1d(values).tolist()
     if wrong := [value for value in listed if type(value) is not kind]:
         raise ValueError(f"The {what} {wrong[0]!r} is a {type(wrong[0]).__name__}; give {kind.__name__}s.")
     if not listed or len(set(listed)) < len(listed):
@@ -350,43 +308,38 @@ def _checked_ks(ks, n_latents: int) -> list[int]:
     return sorted(map(int, counts))
 
 
-def _checked_text(text_features) -> torch.Tensor:
-    """Text features ``[C,P]``, none of which is nothing."""
+def _check_latents(sae: SparseAutoencoder, ds: Images, block: int, lat, ranking) -> None:
+    """Refuse statistics of another autoencoder and, where they rank the latents, of another block or other classes."""
+    if lat is None and ranking is None:
+        raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
+    if lat is not None and lat.sae_hash != sae.fingerprint():
+        raise ValueError("These latents were collected with another autoencoder; run collect_latents with it.")
+    if ranking is None and lat.block != block:
+        raise ValueError(f"These latents were collected after block {lat.block}, not after block {block}; give the "
+                         "layer they are of.")
+    if ranking is None and lat.class_names[:len(ds.class_names)] != ds.class_names:
+        raise ValueError("These latents were collected with other class names, or in another order, than these images "
+                         "have; use the training split of the same task.")
+
+
+def _checked_text(sae: SparseAutoencoder, ds: Images, lat, text_features, ranking) -> torch.Tensor:
+    """Text features ``[C,P]``, none of which is nothing, of as many classes as latents are ranked for."""
     text = torch.as_tensor(text_features)
     if text.ndim != 2 or not text.is_floating_point():
         raise ValueError(f"Text features are {text.dtype} of shape {list(text.shape)}; give floats [C, P], one row a "
                          "class.")
     if bad := (~(text.isfinite().all(1) & text.any(1))).nonzero()[:, 0].tolist():
         raise ValueError(f"The text features of class {bad[0]} are zero or not finite; make them again with this CLIP.")
-    return text
-
-
-def _check_statistics(lat, sae: SparseAutoencoder, ds: Images, block: int, ranked: bool) -> None:
-    """Refuse statistics of another autoencoder; and, unless a ranking was given, of another block or list of classes,
-    since they rank the latents then."""
-    if lat.sae_hash != sae.fingerprint():
-        raise ValueError("These latents were collected with another autoencoder; run collect_latents with it.")
-    if not ranked and lat.block != block:
-        raise ValueError(f"These latents were collected after block {lat.block}, not after block {block}; give the "
-                         "layer they are of.")
-    if not ranked and lat.class_names[:len(ds.class_names)] != ds.class_names:
-        raise ValueError("These latents were collected with other class names, or in another order, than these images "
-                         "have; use the training split of the same task.")
-
-
-def _check_shapes(sae: SparseAutoencoder, ds: Images, lat, text: torch.Tensor, ranking) -> None:
-    """Refuse classes, text features, latents and rankings of different numbers."""
-    if lat is None and ranking is None:
-        raise ValueError("There are neither latents nor a ranking; give the result of collect_latents.")
-    name, table = ("class counts", lat.class_counts) if ranking is None else ("ranking", ranking)
-    table = torch.as_tensor(table)
+    table = torch.as_tensor(lat.class_counts if ranking is None else ranking)
     if table.is_floating_point() or table.dtype == torch.bool:
-        raise ValueError(f"The {name} is {table.dtype}; give whole numbers, the latents of each class in order.")
+        raise ValueError(f"The ranking is {table.dtype}; give whole numbers, the latents of each class in order.")
     if tuple(table.shape) != (len(text), sae.n_latents) or len(ds.class_names) > len(text):
+        name = "class counts" if ranking is None else "ranking"
         raise ValueError(f"{len(ds.class_names)} classes of images, {len(text)} text features, {sae.n_latents} "
                          f"latents and {name} of shape {list(table.shape)} do not fit; use one task and autoencoder.")
     if ranking is None and not table.any():
         raise ValueError("No class has training images; collect latents from the training split of this task.")
+    return text
 
 
 def _class_rows(batches: Iterator[tuple], conditions: pd.DataFrame) -> pd.DataFrame:
@@ -397,7 +350,7 @@ def _class_rows(batches: Iterator[tuple], conditions: pd.DataFrame) -> pd.DataFr
         for label, predictions in zip(labels, logits.argmax(-1).flatten(1).numpy()):
             correct[label] = correct[label] + (predictions == label)
     tables = [conditions.assign(**{"class": label, "n": n[label], "correct": correct[label]}) for label in sorted(n)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(tables, ignore_index=True)
 
 
 def _image_rows(batches: Iterator[tuple], conditions: pd.DataFrame, keep_logits: bool) -> pd.DataFrame:
@@ -409,4 +362,4 @@ def _image_rows(batches: Iterator[tuple], conditions: pd.DataFrame, keep_logits:
         table.insert(1, "label", np.repeat(labels, len(conditions)))
         table["prediction"] = logits.argmax(-1).flatten().numpy()
         tables.append(table.assign(logits=list(logits.flatten(0, 2).numpy())) if keep_logits else table)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(tables, ignore_index=True)

@@ -5,28 +5,21 @@ a training that was interrupted goes on with the batch it would have had.
 """
 
 import functools
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
 from patchsae.data.datasets import ArrayDataset
-from patchsae.data.images import Images, LostWorker, Unreadable
+from patchsae.data.images import Images, Unreadable
+from patchsae.data.reading import read_ahead, read_rows
 
 #: Tokens of a training set are kept in memory up to this size: 1 GiB.
 MEMORY = 2**30
-#: Worker processes that read images from files; more of them wait for the disk or for the model.
-MOST_WORKERS = 16
-#: Share of a data set's images that may be unreadable, one image in any case; a pass goes on over them and counts them.
-MOST_UNREADABLE = 1e-3
 
 
 # One pass -----------------------------------------------------------------------------------------------
@@ -49,111 +42,34 @@ class TokenBatch(NamedTuple):
     rows: np.ndarray
 
 
-class _Reader(Dataset):
-    """Reads batches of images, in worker processes where there are any: cropped, and still uint8.
-
-    ``batches``: positions in ``ds``, an array for each batch.
-    """
-
-    def __init__(self, ds: Images, crop, batches: list[np.ndarray]):
-        self.ds, self.crop, self.batches = ds, crop, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, k: int) -> tuple:
-        """Images, labels, ids and rows of what can be read, and row -> reason for the rest."""
-        read, unreadable = [], {}
-        for row in map(int, self.batches[k]):
-            try:
-                read.append((self.ds[row], row))
-            except Unreadable as error:
-                unreadable[row] = str(error)
-        images = [torch.as_tensor(self.crop(item.image) if _is_uint8(item) else item.image) for item, _ in read]
-        return (torch.stack(images) if images else None, torch.tensor([item.label for item, _ in read]),
-                [item.id for item, _ in read], np.array([row for _, row in read], dtype=np.int64), unreadable)
+def load_pixels(clip: Clip, ds: Images, rows) -> PixelBatch:
+    """Read and preprocess the images at these positions of a data set; one that cannot be read is an error."""
+    *batch, unreadable = read_rows(ds, clip.crop, rows)
+    if unreadable:
+        raise Unreadable(next(iter(unreadable.values())))
+    return _preprocessed(clip, *batch)
 
 
-def _is_uint8(item) -> bool:
-    """Whether an image is to be cropped and normalised, rather than preprocessed already; anything else is refused."""
-    image = item.image
-    if image.dtype in (np.uint8, torch.uint8):
-        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ValueError(f"Image {item.id} is uint8 of shape {list(image.shape)}; give uint8 [H, W, 3].")
-        return True
-    floating = image.is_floating_point() if torch.is_tensor(image) else image.dtype.kind == "f"
-    if not floating or image.ndim != 3:
-        raise ValueError(f"Image {item.id} is {image.dtype} of shape {list(image.shape)}; give uint8 [H, W, 3], or "
-                         "preprocessed pixels as float [3, H, W].")
-    return False
+def read_pixels(clip: Clip, ds: Images, batches: list[np.ndarray]) -> Iterator[PixelBatch]:
+    """The images at the positions of each batch, preprocessed, those left out that cannot be read."""
+    for batch in read_ahead(ds, clip.crop, batches, pin=clip.device.type == "cuda"):
+        yield _preprocessed(clip, *batch)
 
 
-def _finish(clip: Clip, images, labels, ids, rows) -> PixelBatch:
+def _preprocessed(clip: Clip, images: torch.Tensor, labels, ids, rows) -> PixelBatch:
     """Move images to the model's device and normalise them there."""
     images = images.to(clip.device, non_blocking=True)
     if images.dtype == torch.uint8:
         return PixelBatch(clip.normalise(images), labels, ids, rows)
-    _refuse_not_finite(images, ids, rows, "has pixels", "check how it was preprocessed")
+    refuse_not_finite(images, ids, rows, "has pixels", "check how it was preprocessed")
     return PixelBatch(images, labels, ids, rows)
 
 
-def _refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
+def refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
     """Stop at the first image of which something ``[B,...]`` is not finite."""
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"Image {ids[bad]} (position {rows[bad]}) {what} that are not finite; {advice}.")
-
-
-def load_pixels(clip: Clip, ds: Images, rows) -> PixelBatch:
-    """Read and preprocess the images at these positions of a data set; one that cannot be read is an error."""
-    *batch, unreadable = _Reader(ds, clip.crop, [rows])[0]
-    if unreadable:
-        raise Unreadable(next(iter(unreadable.values())))
-    return _finish(clip, *batch)
-
-
-def read_pixels(clip: Clip, ds: Images, batches: list[np.ndarray]) -> Iterator[PixelBatch]:
-    """The images at the positions of each batch, read ahead by worker processes where a data set is one of files.
-
-    Images that cannot be read are left out and noted in ``ds.unreadable``, up to ``MOST_UNREADABLE`` of the data set.
-    """
-    workers = min(MOST_WORKERS, os.cpu_count() or 1, len(batches) // 4) if ds.from_files else 0
-    # A generator of its own: without one, a loader would draw from the global one.
-    loader = DataLoader(_Reader(ds, clip.crop, batches), batch_size=None, collate_fn=tuple, num_workers=workers,
-                        pin_memory=clip.device.type == "cuda", generator=torch.Generator())
-    for *batch, unreadable in _alive(loader):
-        ds.unreadable.update(unreadable)
-        if len(ds.unreadable) > max(1, MOST_UNREADABLE * len(ds)):
-            raise ValueError(f"{len(ds.unreadable)} of {len(ds)} images cannot be read, more than "
-                             f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(ds.unreadable.values()))}")
-        if batch[0] is not None:
-            yield _finish(clip, *batch)
-
-
-def _alive(loader: DataLoader) -> Iterator[tuple]:
-    """What a loader gives; a lost worker process is one sentence."""
-    lost = False
-    try:
-        yield from _started(loader)
-    except (RuntimeError, OSError, EOFError) as error:
-        # What a data set itself raised is passed on, marked as caught in a worker.
-        lost = "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError))
-        if not lost or "Caught" in str(error):
-            raise
-    if lost:  # raised above it would keep the error of the loader alive, and with it the other workers, which end later
-        raise LostWorker("A process that reads images was lost, perhaps for want of memory; run again, and it goes on "
-                         "from what is finished.")
-
-
-def _started(loader: DataLoader) -> Iterator[tuple]:
-    """The iterator of a loader. Where a worker ends, torch raises an error wherever the program is at that moment;
-    without that signal the error comes where its batch is asked for."""
-    if not loader.num_workers or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before, batches = signal.getsignal(signal.SIGCHLD), iter(loader)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
-    return batches
 
 
 def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> Iterator[PixelBatch]:
@@ -175,7 +91,7 @@ def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str
 def finite_tokens(clip: Clip, batch: PixelBatch, layer: int) -> torch.Tensor:
     """Tokens of a batch of images at the cut ``[B,T,D]``, all of them finite."""
     z = clip.below(batch.pixels, layer)
-    _refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
+    refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
     return z
 
 
@@ -243,17 +159,11 @@ class TrainingTokens:
             for z in self.cache.batches(list(rows), self.clip.device):
                 yield z.float()
         elif self.kept is not None:
-            for part in rows:
-                places = self.place[part]
+            for batch in rows:
+                places = self.place[batch]
                 yield self.kept[torch.from_numpy(places[places >= 0])]
         else:
             for batch in read_pixels(self.clip, self.ds, list(rows)):
                 with torch.no_grad(), self._autocast():
                     z = self.clip.below(batch.pixels, self.layer)
                 yield z[:, :self.clip.n_tokens].float()
-
-
-@functools.lru_cache(maxsize=1)
-def training_tokens(clip: Clip, ds: Images, layer: int, bf16: bool = False, cache=None) -> TrainingTokens:
-    """The tokens of a model and data set at a layer; the last ones asked for are kept."""
-    return TrainingTokens(clip, ds, layer, bf16, cache)

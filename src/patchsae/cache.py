@@ -20,63 +20,45 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import MOST_UNREADABLE, PixelBatch, finite_tokens, read_pixels
 from patchsae.clip import Clip
 from patchsae.config import Profile
 from patchsae.data.adapters import as_images
-from patchsae.data.images import Images, LostWorker, hash_of
+from patchsae.data.images import Images, hash_of
 from patchsae.fast import processes
 from patchsae.fast.memory import BatchMemory
-from patchsae.weights.sealed import MEND, MISSING, SealedRows, load_sealed, save_rows, save_sealed
+from patchsae.fast.shards import FORMAT, MANIFEST, Writer, refuse_other
+from patchsae.weights.sealed import MEND, MISSING, SealedRows, load_sealed
 
-FORMAT, MANIFEST = 2, "manifest.json"
 #: What a cache may take on the disk where nobody says otherwise, and about how large a shard is: 10 GiB and 256 MiB.
 MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**28
-#: What decides a cache -> what is said of one of which it is {0} and not {1}, as asked for.
-DIFFERENT = {"model": "with another model", "block": "after block {0} and not {1}", "images": "of other images",
-             "preprocessing": "with other preprocessing", "dtype": "in {0} and not {1}",
-             "shard_images": "in shards of {0} images and not {1}"}
 
 
 # What it is made of -------------------------------------------------------------------------------------
 
 def made_of(clip: Clip | None, ds: Images | None, layer: int | None) -> dict:
     """What decides the tokens, as far as it is given: weights, what happens to pixels, block, images."""
-    parts = {}
-    if clip is not None:
-        parts |= {"model": clip.fingerprint(), "preprocessing": clip.preprocessing()}
-    if layer is not None:
-        if clip is None:
-            raise ValueError("Blocks are counted in a model; give the model together with the layer.")
-        parts["block"] = clip.block(layer)
-    if ds is not None:
-        parts["images"] = as_images(ds).fingerprint()
-    return parts
+    if clip is None and layer is not None:
+        raise ValueError("Blocks are counted in a model; give the model together with the layer.")
+    made = {} if clip is None else {"model": clip.fingerprint(), "preprocessing": clip.preprocessing()}
+    made |= {} if layer is None else {"block": clip.block(layer)}
+    return made | ({} if ds is None else {"images": as_images(ds).fingerprint()})
 
 
 def cache_folder(profile: Profile, clip: Clip, ds: Images) -> Path:
     """Where the cache of a data set at the profile's cut goes."""
-    parts = json.dumps(made_of(clip, ds, profile.model.layer), sort_keys=True)
-    return profile.run_dir / "activations" / hash_of([FORMAT, parts])
+    decided_by = json.dumps(made_of(clip, ds, profile.model.layer), sort_keys=True)
+    return profile.run_dir / "activations" / hash_of([FORMAT, decided_by])
 
 
 def cache_bytes(clip: Clip, n_images: int) -> int:
     """Size of the tokens ``[N,T,D]`` in half precision."""
     return 2 * n_images * clip.n_tokens * clip.width
-
-
-def _refuse_other(path: Path, parts: dict, expected: dict) -> None:
-    """Refuse a file of a cache that was made of other things."""
-    if other := [DIFFERENT[name].format(parts[name], it) for name, it in expected.items() if parts[name] != it]:
-        raise ValueError(f"{path} is of a cache that was made {' and '.join(other)}; choose another folder, or remove "
-                         f"{path.parent} and run `make cache` again.")
 
 
 # Reading ------------------------------------------------------------------------------------------------
@@ -112,7 +94,7 @@ class Cache:
         self.folder, self.manifest = folder, load_sealed(path)
         if (version := self.manifest["format"]) != FORMAT:
             raise ValueError(f"{path} has the format {version}, not {FORMAT}; remove {folder} and run `make cache`.")
-        _refuse_other(path, self.manifest["made_of"], expected)
+        refuse_other(path, self.manifest["made_of"], expected)
         self.shape, self.dtype = tuple(self.manifest["shape"]), getattr(torch, self.manifest["made_of"]["dtype"])
         self.shards = [SealedRows(folder / name) for name in self.manifest["shards"]]
         for shard, seal in zip(self.shards, self.manifest["shards"].values()):
@@ -185,11 +167,21 @@ def write_cache(clip: Clip, ds: Images, layer: int, folder: Path, dtype: torch.d
         raise ValueError("The data set is empty; give one with at least one image.")
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"A cache is in float16 or bfloat16, not in {dtype}; choose one of these.")
-    writer = _Writer(clip, ds, layer, folder, dtype, batch_images)
-    if not all(processes.gathered(writer.is_published())):
+    made = made_of(clip, ds, layer) | {"dtype": str(dtype).removeprefix("torch."),
+                                       "shard_images": max(1, SHARD_BYTES // cache_bytes(clip, 1))}
+    if not all(processes.gathered(_is_finished(folder, made))):
         _refuse_size(folder, cache_bytes(clip, len(ds)), most_bytes)
-        writer.write()
+        Writer(clip, ds, folder, made, batch_images).write()
     return open_cache(folder)
+
+
+def _is_finished(folder: Path, made: dict) -> bool:
+    """Whether a cache is there; one that is damaged or of something else is an error."""
+    try:
+        Cache(folder, made)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _refuse_size(folder: Path, size: int, most_bytes: float) -> None:
@@ -211,126 +203,3 @@ def free_bytes(folder: Path) -> int:
 def gigabytes(n: float) -> str:
     """A number of bytes as people read it."""
     return f"{n / 1e9:.3g} GB"
-
-
-class _Writer:
-    """One writing of a cache; processes of one launch have equal parts of its shards."""
-
-    def __init__(self, clip: Clip, ds: Images, layer: int, folder: Path, dtype: torch.dtype, batch_images: int):
-        self.clip, self.ds, self.layer, self.folder = clip, ds, layer, folder
-        self.dtype, self.batch_images = dtype, batch_images
-        self.shard_images = max(1, SHARD_BYTES // cache_bytes(clip, 1))
-        self.made_of = made_of(clip, ds, layer) | {"dtype": str(dtype).removeprefix("torch."),
-                                                   "shard_images": self.shard_images}
-        self.paths = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(ds) // self.shard_images))]
-
-    def is_published(self) -> bool:
-        """Whether the cache is there; one that is damaged or of something else is an error."""
-        try:
-            Cache(self.folder, self.made_of)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def write(self) -> None:
-        """Write the shards that are not complete, each process its part of them, and publish the cache."""
-        self._write_shards([k for k in processes.share(len(self.paths)) if not self._is_complete(k)])
-        self._wait()
-        if processes.rank() == 0:
-            self._publish()
-        self._wait()
-
-    def _wait(self) -> None:
-        try:
-            processes.wait()
-        except RuntimeError as error:
-            raise LostWorker("Another process of this launch was lost; run again, and it goes on from what is "
-                             f"finished in {self.folder}.") from error
-
-    def _rows(self, k: int) -> range:
-        """Positions in the data set that belong to a shard."""
-        return range(len(self.ds))[k * self.shard_images:(k + 1) * self.shard_images]
-
-    def _is_complete(self, k: int) -> bool:
-        """Whether a shard is there and whole; what could not be read of it is noted again."""
-        try:
-            shard = SealedRows(self.paths[k])
-            shard.verify()
-        except (FileNotFoundError, ValueError):
-            return False
-        _refuse_other(shard.path, shard.notes["made_of"], self.made_of)
-        self.ds.unreadable |= dict(shard.notes["unreadable"])
-        return True
-
-    def _write_shards(self, numbers: list[int]) -> None:
-        """Batches begin anew with each shard, so that its bytes are its own; images are read ahead over all of them."""
-        batches = [np.array(rows[i:i + self.batch_images]) for rows in map(self._rows, numbers)
-                   for i in range(0, len(rows), self.batch_images)]
-        bar = tqdm(read_pixels(self.clip, self.ds, batches), "tokens of the images", len(batches), mininterval=1,
-                   disable=processes.rank() > 0)
-        left = set(numbers)
-        for k, batches_of_shard in itertools.groupby(bar, lambda batch: int(batch.rows[0]) // self.shard_images):
-            self._write_shard(k, batches_of_shard)
-            left.remove(k)
-        for k in left:  # none of its images can be read
-            self._write_shard(k, [])
-
-    @torch.no_grad()
-    def _write_shard(self, k: int, batches: Iterable[PixelBatch]) -> None:
-        tokens, ids, labels = [torch.empty(0, self.clip.n_tokens, self.clip.width, dtype=self.dtype)], [], []
-        sums = np.zeros(self.clip.width + 2)
-        for batch in batches:
-            z = finite_tokens(self.clip, batch, self.layer)[:, :self.clip.n_tokens]
-            half = _half(batch, z, self.dtype)
-            sums += _sums(z, half)
-            tokens.append(half.cpu())
-            ids += map(str, batch.ids)
-            labels += batch.labels.tolist()
-        unreadable = [(row, self.ds.unreadable[row]) for row in self._rows(k) if row in self.ds.unreadable]
-        save_rows(self.paths[k], torch.cat(tokens), {"made_of": self.made_of, "ids": ids, "labels": labels,
-                                                     "unreadable": unreadable, "sums": sums.tolist()})
-
-    def _publish(self) -> None:
-        """Write the manifest from what the shards say, and remove what lost processes left."""
-        shards = [SealedRows(path) for path in self.paths]
-        unreadable = dict(pair for shard in shards for pair in shard.notes["unreadable"])
-        if len(unreadable) > max(1, MOST_UNREADABLE * len(self.ds)):  # processes counted each for itself
-            raise ValueError(f"{len(unreadable)} of {len(self.ds)} images cannot be read, more than "
-                             f"{MOST_UNREADABLE:.1%}; the first is: {next(iter(unreadable.values()))}")
-        cost = _explained_variance_cost([shard.notes["sums"] for shard in shards],
-                                        self.clip.n_tokens * sum(map(len, shards)))
-        save_sealed(self.folder / MANIFEST, {
-            "format": FORMAT, "made_of": self.made_of, "shape": [self.clip.n_tokens, self.clip.width],
-            "n_images": len(self.ds), "unreadable": sorted(unreadable),
-            "explained_variance_cost": cost,
-            "shards": {shard.path.name: shard.notes["seal"] for shard in shards}})
-        for path in (*self.folder.glob(".shard-*"), *self.folder.glob(f".{MANIFEST}.*")):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _half(batch: PixelBatch, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens in half precision; values that it cannot hold are an error."""
-    half = z.to(dtype)
-    if not half.isfinite().all():
-        bad = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"Image {batch.ids[bad]} (position {batch.rows[bad]}) has activations of up to "
-                         f"{z[bad].abs().max():.3g}, which is too large for float16; choose bfloat16, as `patchsae "
-                         "cache --dtype bfloat16` does.")
-    return half
-
-
-def _sums(z: torch.Tensor, half: torch.Tensor) -> np.ndarray:
-    """Sum over tokens of z, of ||z||^2 and of ||z - half||^2: ``[D + 2]``."""
-    exact, error = z.double().flatten(0, 1), (z - half).double()
-    return np.array([*exact.sum(0).tolist(), exact.square().sum().item(), error.square().sum().item()])
-
-
-def _explained_variance_cost(sums: list[list[float]], n_tokens: int) -> float:
-    """What rounding takes from the explained variance: sum ||z - half(z)||^2 / sum ||z - mean z||^2 over all tokens.
-
-    ``sums``: of each shard, as ``_sums`` gives them.
-    """
-    *total, squares, error = np.sum(sums, axis=0)
-    variance = squares - np.square(total).sum() / max(1, n_tokens)
-    return float(error / variance) if variance > 0 else 0.0

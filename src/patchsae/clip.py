@@ -5,21 +5,20 @@ else in this package reads or edits ``z``; nothing uses hooks, and nothing below
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPModel
 
 from patchsae.config import ROOT, resolve
 from patchsae.data.images import Crop, hash_of, rgb
 from patchsae.weights.clips import read_clip
-from patchsae.weights.files import first_line, tensor_hash
+from patchsae.weights.files import tensor_hash
 from patchsae.weights.hub import model_folder
+from patchsae.weights.processors import grey_levels, read_processor, read_tokenizer
 
 
 class Clip:
@@ -106,28 +105,20 @@ class Clip:
     @functools.cached_property
     def _levels(self) -> torch.Tensor:
         """What the processor makes of every grey level, ``[3,256]``: looked up, its floats are had bit for bit."""
-        processor, side = self.processor, self.image_size
-        asked = [dict(processor.size)["shortest_edge"], *dict(processor.crop_size).values(), processor.resample]
-        if asked != [side, side, side, Image.Resampling.BICUBIC]:
-            raise ValueError(f"preprocessor_config.json asks for other crops than CLIP's of {side} pixels, bicubic; "
-                             "mend it.")
-        return grey_levels(processor)
+        return grey_levels(self.processor, self.image_size)
 
     @torch.no_grad()
     def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
         """Unit-length text embeddings: ``list[str] -> [N,P]``."""
-        return torch.cat([self._text(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+        batches = [self.tokenise(prompts[i:i + batch]) for i in range(0, len(prompts), batch)]
+        features = [self.model.get_text_features(b["input_ids"], b["attention_mask"]).pooler_output for b in batches]
+        return F.normalize(torch.cat(features), dim=-1)
 
     def tokenise(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Token ids and attention mask of prompts, each ``[N,L]``."""
         if self.tokenizer is None:
             raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
         return self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
-
-    def _text(self, prompts: list[str]) -> torch.Tensor:
-        tokens = self.tokenise(prompts)
-        features = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return F.normalize(features.pooler_output, dim=-1)
 
     def logits(self, embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Cosine times temperature: ``[B,P], [N,P] -> [B,N]``."""
@@ -157,16 +148,6 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
     return first + block.mlp(block.layer_norm2(first))
 
 
-def grey_levels(processor) -> torch.Tensor:
-    """What a processor makes of the 256 grey levels of each channel, which are finite and rise: ``[3,256]``."""
-    levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
-    pixels = processor(images=[levels], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
-    if not pixels.isfinite().all() or not (pixels.diff(dim=-1) > 0).all():
-        raise ValueError("The processor's mean, deviation or factor makes no pixels of grey levels; mend "
-                         "preprocessor_config.json.")
-    return pixels[0, :, 0]
-
-
 def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revision: str | None = None) -> Clip:
     """Load a CLIP from a local folder or file (as given, or else inside the project's folder) or from the hub.
 
@@ -181,16 +162,8 @@ def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revisio
         return Clip(model)
     path = _source(name_or_path, revision)
     model = read_clip(path)
-    if path.is_dir():
-        processor = _beside(path, "preprocessor_config.json", _processor)
-    else:
-        size = model.config.vision_config.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    tokenizer = _beside(path if path.is_dir() else path.parent, "tokenizer_config.json", _tokenizer)
-    if tokenizer is not None and len(tokenizer) > (words := model.config.text_config.vocab_size):
-        raise ValueError(f"The tokenizer of {path} has {len(tokenizer):,} tokens, but its CLIP knows {words:,}; fetch "
-                         "both again.")
-    return Clip(model.to(device), tokenizer, processor)
+    tokenizer = read_tokenizer(path, model.config.text_config.vocab_size)
+    return Clip(model.to(device), tokenizer, read_processor(path, model.config.vision_config.image_size))
 
 
 def _source(name_or_path: str | Path, revision: str | None) -> Path:
@@ -203,29 +176,6 @@ def _source(name_or_path: str | Path, revision: str | None) -> Path:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no CLIP called {name_or_path}: it is neither in {Path.cwd()} nor in {ROOT}, "
                                 "and the hub does not give it; check the name, and for the hub the network.") from error
-
-
-def _processor(folder: str) -> CLIPImageProcessorPil:
-    processor = CLIPImageProcessorPil.from_pretrained(folder)
-    grey_levels(processor)
-    return processor
-
-
-def _tokenizer(folder: str):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer(["a photo of a cat."])
-    return tokenizer
-
-
-def _beside(folder: Path, name: str, load: Callable):
-    """The tokenizer or processor of a folder, or None where it has none."""
-    if not (folder / name).is_file():
-        return None
-    try:
-        return load(str(folder))
-    except Exception as error:  # each library fails in its own ways
-        raise ValueError(f"{folder / name} or a file that goes with it is damaged ({first_line(error)}); fetch it "
-                         "again.") from error
 
 
 def class_prototypes(clip: Clip, class_names, templates: list[str], renormalise: bool = True) -> torch.Tensor:

@@ -242,7 +242,7 @@ class Profile:
 
     def at_layer(self, layer: int) -> "Profile":
         """The same profile with the cut at another block, where given weights do not belong."""
-        return dataclasses.replace(self.with_sae(weights=""), model=dataclasses.replace(self.model, layer=layer))
+        return dataclasses.replace(self.with_sae(), model=dataclasses.replace(self.model, layer=layer))
 
     def sae_settings(self) -> dict:
         """Everything that decides which autoencoder training gives: what a trained one is keyed by."""

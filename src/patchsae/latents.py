@@ -4,7 +4,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,12 +12,12 @@ import torch
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
-from patchsae.data.images import Images, hash_of
+from patchsae.data.images import Images
 from patchsae.fast import onednn, processes
 from patchsae.fast.encoder import Encoder
 from patchsae.fast.share import Share
 from patchsae.sae import SparseAutoencoder
-from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors
+from patchsae.weights.files import load_json, load_tensors, result_key, save_json, save_tensors
 
 #: With fewer reference images than this, entropy and deviation of their labels are not defined (A.1).
 MIN_REFERENCE = 10
@@ -71,19 +70,19 @@ class LatentStatistics:
         """Write ``latents.safetensors`` and then ``latents.json``, which makes the pair complete."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         save_tensors(folder / "latents.safetensors", {k: v for k, v in fields.items() if torch.is_tensor(v)})
-        rest = {k: v for k, v in fields.items() if not torch.is_tensor(v)}
-        save_json(folder / "latents.json", rest | {"reference_ids": self.reference_ids.tolist()})
+        facts = {k: v for k, v in fields.items() if not torch.is_tensor(v)}
+        save_json(folder / "latents.json", facts | {"reference_ids": self.reference_ids.tolist()})
 
     @classmethod
     def load(cls, folder: Path) -> "LatentStatistics":
         """Read what ``save`` wrote; what does not belong together is refused."""
         path = folder / "latents.json"
-        rest = load_json(path, "reference_ids", "n_images", "tau", "block", "class_names", "sae_hash", "n_unreadable")
+        facts = load_json(path, "reference_ids", "n_images", "tau", "block", "class_names", "sae_hash", "n_unreadable")
         tensors = load_tensors(folder / "latents.safetensors")
-        rest |= {"reference_ids": np.array(rest["reference_ids"], dtype=object),
-                 "class_names": tuple(rest["class_names"])}
+        facts |= {"reference_ids": np.array(facts["reference_ids"], dtype=object),
+                  "class_names": tuple(facts["class_names"])}
         try:
-            statistics = cls(**tensors, **rest)
+            statistics = cls(**tensors, **facts)
             n, k = statistics.reference_values.shape
             shapes = [(n,)] * 4 + [(n, k)] * 4 + [(len(statistics.class_names), n)]
             fields = [getattr(statistics, f.name) for f in dataclasses.fields(cls)[:len(shapes)]]
@@ -106,24 +105,21 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
     """
     _check(tau, n_reference, tokens)
     ds = as_images(ds)
-    mine = Share(ds, batch_images) if processes.count() > 1 else ds
-    running = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device)
-    encoder, ids, labels, rows = Encoder(sae), [], [], []
+    mine, encoder = Share(ds, batch_images), Encoder(sae)
+    running, ids, labels, rows = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device), [], [], []
     with torch.no_grad(), onednn.Linears():
         # A process beyond the last batch has nothing to do; a data set without images is an error all the same.
-        nothing = processes.count() > 1 and len(ds) and not len(mine)
-        for batch in () if nothing else token_batches(clip, mine, layer, batch_images, title):
+        for batch in token_batches(clip, mine, layer, batch_images, title) if len(mine) or not len(ds) else ():
             # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
             z = batch.z[:, :{"cls": 1, "all": clip.n_tokens, "all and prompts": batch.z.shape[1]}[tokens]]
             running.add(*encoder.image_level(z, tau), batch.labels.to(clip.device))
             ids += batch.ids
             labels += batch.labels.tolist()
-            rows += batch.rows.tolist()
-    if processes.count() > 1:
-        running.merge()
-        ids, labels, rows = (sum(parts, []) for parts in zip(*processes.gathered((ids, labels, mine.places(rows)))))
-        mine.tell_unreadable()
-    return running.finish(_Read(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows)),
+            rows += mine.places(batch.rows)
+    running.merge()
+    ids, labels, rows = (sum(lists, []) for lists in zip(*processes.gathered((ids, labels, rows))))
+    mine.tell_unreadable()
+    return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows),
                           block=clip.block(layer), class_names=ds.class_names, sae_hash=sae.fingerprint(),
                           n_unreadable=len(ds.unreadable))
 
@@ -144,9 +140,9 @@ def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, 
 
     Of processes that were launched together the first one writes, and all of them read what it wrote.
     """
-    key = hash_of([VERSION, {"model": clip.fingerprint(), "preprocessing": clip.preprocessing(),
-                             "autoencoder": sae.fingerprint(), "images": ds.fingerprint(), "block": clip.block(layer),
-                             "tau": tau, "n_reference": n_reference, "tokens": tokens}])
+    key = result_key(VERSION, model=clip.fingerprint(), preprocessing=clip.preprocessing(),
+                     autoencoder=sae.fingerprint(), images=ds.fingerprint(), block=clip.block(layer), tau=tau,
+                     n_reference=n_reference, tokens=tokens)
     folder = folder / f"latents-{key}"
     # The first process's answer, since the others may look when it has just been written.
     if not processes.gathered((folder / "latents.json").is_file())[0]:
@@ -194,65 +190,50 @@ class _Running:
         """
         for total in (self.active, self.strength, self.class_counts):
             processes.add_up(total)
-        parts = processes.gathered((self.n_images, self.values.cpu(), self.rows.cpu()))
-        (self.n_images, values, rows), everything = parts[0], slice(None)
-        self.values, self.rows = values.to(self.values.device), rows.to(self.rows.device)
-        for n_images, values, rows in parts[1:]:
+        seen = processes.gathered((self.n_images, self.values.cpu(), self.rows.cpu()))
+        self.n_images, device = 0, self.values.device
+        self.values, self.rows = torch.zeros_like(self.values), torch.full_like(self.rows, -1)
+        for n_images, values, rows in seen:
             rows = torch.where(rows >= 0, rows + self.n_images, -1)
-            self._keep_strongest(everything, values.to(self.values.device), rows.to(self.rows.device))
+            self._keep_strongest(slice(None), values.to(device), rows.to(device))
             self.n_images += n_images
 
-    def finish(self, read: "_Read", **known) -> LatentStatistics:
-        """Divide, and look up what is known of the reference images; ``known``: fields that are not summed here."""
+    def finish(self, ids: np.ndarray, labels: torch.Tensor, positions: torch.Tensor, **known) -> LatentStatistics:
+        """Divide, and look up what the reference images are among those that were read, ``[N]`` each in the order of
+        the pass; ``known``: fields that are not summed here."""
         rows, values = self.rows.cpu(), self.values.cpu()
         if not self.strength.isfinite().all():
             raise ValueError("The autoencoder gives latents that are not finite; check its weights.")
-        there = rows >= 0
-        reference_labels = torch.where(there, read.labels[rows.clamp_min(0)], -1)
-        enough = there.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
+        filled = rows >= 0
+        reference_labels = torch.where(filled, labels[rows.clamp_min(0)], -1)
+        enough = filled.sum(1) >= min(MIN_REFERENCE, rows.shape[1])
         nothing = torch.full((len(rows),), float("nan"))
         entropy = label_entropy(reference_labels, values, len(self.class_counts))
         return LatentStatistics(
             frequency=(self.active / self.n_images).float().cpu(),
             mean_activation=(self.strength / self.active).float().cpu(),
             label_entropy=torch.where(enough, entropy, nothing),
-            label_std=torch.where(enough, _masked_std(reference_labels.double(), there).float(), nothing),
-            reference_ids=np.where(there.numpy(), read.ids[rows.clamp_min(0).numpy()], ""),
-            reference_rows=torch.where(there, read.rows[rows.clamp_min(0)], -1),
+            label_std=torch.where(enough, _masked_std(reference_labels.double(), filled).float(), nothing),
+            reference_ids=np.where(filled.numpy(), ids[rows.clamp_min(0).numpy()], ""),
+            reference_rows=torch.where(filled, positions[rows.clamp_min(0)], -1),
             reference_labels=reference_labels, reference_values=values, class_counts=self.class_counts.cpu(),
             n_images=self.n_images, tau=self.tau, **known)
 
 
-class _Read(NamedTuple):
-    """What was read, in the order of the pass: content ids, labels and positions in the data set, ``[N]`` each."""
-
-    ids: np.ndarray
-    labels: torch.Tensor
-    rows: torch.Tensor
-
-
-def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int, chunk: int = 4096) -> torch.Tensor:
+def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int) -> torch.Tensor:
     """Entropy of the labels of reference images, weighted by activation (sec. 3.2): ``[S,k], [S,k] -> [S]``, nats.
 
     p_c is the activation of class c over all; 0 means one class. Labels of -1 count for nothing.
     """
-    result = []
     if n_classes > labels.shape[1]:
-        # Of many classes each latent has at most k: a label becomes the place where it comes up first.
-        labels = torch.where(labels >= 0, _first_places(labels), -1)
-        n_classes = labels.shape[1]
-    for part, value in zip(labels.split(chunk), values.double().split(chunk)):
-        weight = torch.zeros(len(part), n_classes, dtype=torch.double)
-        weight.scatter_add_(1, part.clamp_min(0), torch.where(part >= 0, value, 0.0))
-        share = weight / weight.sum(1, keepdim=True)
-        result.append(-torch.xlogy(share, share).sum(1))
+        # Of many classes each latent has at most k: a label becomes the place where it comes up first in its row.
+        first = (labels.unsqueeze(2) == labels.unsqueeze(1)).byte().argmax(2)
+        labels, n_classes = torch.where(labels >= 0, first, -1), labels.shape[1]
+    weight = torch.zeros(len(labels), n_classes, dtype=torch.double)
+    weight.scatter_add_(1, labels.clamp_min(0), torch.where(labels >= 0, values.double(), 0.0))
+    share = weight / weight.sum(1, keepdim=True)
     # Adding 0 turns the -0 of a single class into 0.
-    return torch.cat(result).float() + 0.0
-
-
-def _first_places(labels: torch.Tensor) -> torch.Tensor:
-    """For each of ``[S,k]`` the first column of its row that has the same value."""
-    return (labels.unsqueeze(2) == labels.unsqueeze(1)).byte().argmax(2)
+    return -torch.xlogy(share, share).sum(1).float() + 0.0
 
 
 def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from patchsae.clip import Clip
-from patchsae.weights.clips import openai_clip, renamed
-from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash
-from patchsae.weights.foreign import read_state_dict
+from patchsae.weights.files import save_json, save_tensors, tensor_hash
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
 TEMPLATE = "a photo of a {}."
@@ -114,9 +112,9 @@ class MaPLe(Clip):
 
     def text_features(self, prompts: list[str] | None = None, batch: int = 256) -> torch.Tensor:
         """Unit-length text embeddings of the classes ``[C,P]``, or of other prompts of the same form ``[N,P]``."""
-        ids = self.token_ids if prompts is None else tokenise(self, prompts)
+        ids = self.token_ids if prompts is None else self.tokenise(prompts)["input_ids"]
         with torch.no_grad():
-            return torch.cat([self.text(part) for part in ids.split(batch)])
+            return torch.cat([self.text(some) for some in ids.split(batch)])
 
     def text(self, ids: torch.Tensor) -> torch.Tensor:
         """Unit-length embeddings of tokenised prompts ``[N,L] -> [N,P]``, with gradients.
@@ -152,8 +150,8 @@ class MaPLe(Clip):
 
     def fingerprint(self) -> str:
         """Hash of CLIP's weights and the prompts."""
-        own = {} if self.prompts is None else self.prompts.state_dict()
-        return tensor_hash(self.model.state_dict() | {f"prompts.{k}": v for k, v in own.items()})
+        learned = {} if self.prompts is None else self.prompts.state_dict()
+        return tensor_hash(self.model.state_dict() | {f"prompts.{name}": value for name, value in learned.items()})
 
     def without_prompts(self) -> "MaPLe":
         """The same towers with the prompts switched off: the plain CLIP, by the same code."""
@@ -161,7 +159,7 @@ class MaPLe(Clip):
 
     def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
         """The same prompts with the names of other classes."""
-        return MaPLe(self, self.prompts, tokenise(self, class_prompts(class_names, self.template)), self.template)
+        return MaPLe(self, self.prompts, class_tokens(self, class_names, self.template), self.template)
 
     def save(self, folder: Path) -> None:
         """Write ``prompts.json`` and then ``prompts.safetensors``: the prompts alone, not CLIP."""
@@ -173,11 +171,10 @@ class MaPLe(Clip):
     @classmethod
     def load(cls, folder: Path, clip: Clip, class_names: Sequence[str]) -> "MaPLe":
         """Read what ``save`` wrote and put it on a CLIP of the same widths."""
-        settings = load_json(Path(folder) / "prompts.json", "n", "depth", "vision")
-        template = settings.pop("template", template_of(settings["n"]))
-        prompts = _empty_prompts(clip, **settings)
-        _load(prompts, load_tensors(Path(folder) / "prompts.safetensors"), str(folder))
-        return cls(clip, prompts, tokenise(clip, class_prompts(class_names, template)), template)
+        from patchsae.weights.maple import read_prompts  # which makes objects of these classes
+
+        prompts, template = read_prompts(Path(folder), clip)
+        return cls(clip, prompts, class_tokens(clip, class_names, template), template)
 
     @classmethod
     def from_official(cls, checkpoint: str | Path | dict, token_embedding=None, token_ids: torch.Tensor | None = None,
@@ -190,24 +187,9 @@ class MaPLe(Clip):
         ``clip`` instead, its own weights, token embedding and tokenizer are used, and ``class_names`` will do, for the
         checkpoint tells which words it was trained with. ``depth``: refuse any other one.
         """
-        given = isinstance(checkpoint, dict)
-        state = checkpoint.get("state_dict", checkpoint) if given else read_state_dict(Path(checkpoint))
-        learned, frozen = _split(state)
-        found = 1 + sum(key.startswith("compound_prompts_text.") for key in learned)
-        if depth is not None and found != depth:
-            key = f"prompt_learner.compound_prompts_text.{min(found, depth) - 1}"
-            raise ValueError(f"The checkpoint has prompts of depth {found}, not {depth}, by its key {key}: one of the "
-                             "two has it; load the one trained with this depth.")
-        clip = _official_clip(frozen, token_embedding) if clip is None else _checked_clip(clip, frozen)
-        prompts = _empty_prompts(clip, learned["ctx"].shape[0], found, vision=True)
-        _load(prompts, learned, "the checkpoint")
-        if token_ids is not None:
-            return cls(clip, prompts, torch.as_tensor(token_ids))
-        if class_names is None or clip.tokenizer is None:
-            raise ValueError("There are no classes to name; give token_ids, or class_names and a clip that has a "
-                             "tokenizer.")
-        template = _trained_template(clip, prompts.n, state.get("prompt_learner.token_suffix"))
-        return cls(clip, prompts, tokenise(clip, class_prompts(class_names, template)), template)
+        from patchsae.weights.maple import read_official
+
+        return read_official(checkpoint, token_embedding, token_ids, class_names, clip, depth)
 
 
 def template_of(n: int) -> str:
@@ -215,101 +197,19 @@ def template_of(n: int) -> str:
     return TEMPLATE if n <= WORDS else "X " * n + "{}."
 
 
-def class_prompts(class_names: Sequence[str], template: str = TEMPLATE) -> list[str]:
-    """The prompt of every class."""
-    return [template.format(name.replace("_", " ")) for name in class_names]
-
-
-def tokenise(clip: Clip, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids of prompts: ``[N,L]``."""
-    return clip.tokenise(list(prompts))["input_ids"]
+def class_tokens(clip: Clip, class_names: Sequence[str], template: str = TEMPLATE) -> torch.Tensor:
+    """Token ids of the prompts of classes: ``[C,L]``."""
+    return clip.tokenise([template.format(name.replace("_", " ")) for name in class_names])["input_ids"]
 
 
 def new_maple(clip: Clip, class_names: Sequence[str], n: int, depth: int, vision: bool, seed: int) -> MaPLe:
     """Untrained prompts on a CLIP: where training starts, and a control for what it does."""
-    ids = tokenise(clip, class_prompts(class_names, template_of(n)))
+    ids = class_tokens(clip, class_names, template_of(n))
     first_words = clip.model.text_model.embeddings.token_embedding(ids[0, 1:1 + n])
-    return MaPLe(clip, _empty_prompts(clip, n, depth, vision).initialise(first_words, seed), ids)
+    return MaPLe(clip, empty_prompts(clip, n, depth, vision).initialise(first_words, seed), ids)
 
 
-def _empty_prompts(clip: Clip, n: int, depth: int, vision: bool) -> Prompts:
-    """Prompts of the right shape, not yet filled."""
+def empty_prompts(clip: Clip, n: int, depth: int, vision: bool) -> Prompts:
+    """Prompts of the widths of a CLIP, not yet filled."""
     text_width = clip.model.config.text_config.hidden_size
     return Prompts(n, depth, text_width, clip.width if vision else None)
-
-
-def _load(prompts: Prompts, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Fill prompts; every key and shape must fit, or the first one that does not is named."""
-    wanted = {name: tuple(p.shape) for name, p in prompts.state_dict().items()}
-    for name in sorted(wanted.keys() | tensors.keys(), key=lambda key: (key in tensors, key)):
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != wanted.get(name):
-            raise ValueError(f"The prompt weight {name} of {where} is {found}, but {wanted.get(name, 'none')} is asked "
-                             "for; use a checkpoint of this depth and width.")
-    singles = {name: tensor.float() for name, tensor in tensors.items()}
-    if bad := [name for name, tensor in singles.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"The prompt weight {bad[0]} of {where} has values that are not finite; fetch it again.")
-    prompts.load_state_dict(singles)
-
-
-def _trained_template(clip: Clip, n: int, suffix: torch.Tensor | None) -> str:
-    """How classes were called in training with n learned tokens, told by what follows those: ``suffix [C,L,D_text]``.
-
-    The published code replaces the first n words of its template, which leaves the others in front of every name; with
-    ``CTX_INIT=""`` names follow at once.
-    """
-    if n >= WORDS:  # no word is left in either case
-        return template_of(n)
-    left = tokenise(clip, [TEMPLATE.format("x")])[0, 1 + n:1 + WORDS]
-    left = clip.model.text_model.embeddings.token_embedding(left).cpu()
-    if not torch.is_tensor(suffix) or suffix.ndim != 3 or not len(suffix) or suffix[0, :len(left)].shape != left.shape:
-        raise ValueError("The checkpoint has no prompt_learner.token_suffix to tell which words it was trained with; "
-                         "give token_ids.")
-    start = suffix[:, :len(left)].float().cpu()
-    if _alike(start, left.expand_as(start)):
-        return TEMPLATE
-    if _alike(start[:, 0], start[:1, 0].expand_as(start[:, 0])):
-        raise ValueError(f"The checkpoint was trained with other words than those of {TEMPLATE!r}; give token_ids of "
-                         "prompts with its CTX_INIT.")
-    return "X " * n + "{}."
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensors are equal but for half precision."""
-    return a.shape == b.shape and torch.allclose(a.cpu().float(), b.cpu().float(), rtol=2**-10, atol=1e-6)
-
-
-def _split(state: dict) -> tuple[dict, dict]:
-    """Prompts, and CLIP under OpenAI's names. The embedded class names it was trained with are left out."""
-    learned, frozen = {}, {}
-    prefixes = {"prompt_learner.": (learned, ""), "image_encoder.": (frozen, "visual."), "text_encoder.": (frozen, "")}
-    for key, value in state.items():
-        prefix = next((p for p in prefixes if isinstance(key, str) and key.startswith(p)), None)
-        if not torch.is_tensor(value) or prefix is None and key != "logit_scale":
-            raise ValueError(f"The checkpoint's key {key!r:.80} does not belong to MaPLe; give its model.pth.tar-N.")
-        if "VPT" in key:
-            raise ValueError(f"The checkpoint is of IVLP, by its key {key}: its image prompts do not follow from its "
-                             "text prompts, so that it cannot be read; give a checkpoint of MaPLe.")
-        target, name = prefixes.get(prefix, (frozen, ""))
-        if key not in ("prompt_learner.token_prefix", "prompt_learner.token_suffix"):
-            target[name + key[len(prefix or ""):]] = value
-    if "ctx" not in learned or learned["ctx"].ndim != 2:
-        raise ValueError("The checkpoint lacks the key prompt_learner.ctx; give MaPLe's model.pth.tar-N.")
-    return learned, frozen
-
-
-def _official_clip(frozen: dict, token_embedding) -> Clip:
-    """The CLIP inside a checkpoint, with the token embedding it does not hold."""
-    if token_embedding is None:
-        raise ValueError("MaPLe's checkpoint has no token embedding; give CLIP's as token_embedding, or a whole clip.")
-    table = torch.as_tensor(getattr(token_embedding, "weight", token_embedding))
-    return Clip(openai_clip(frozen | {"token_embedding.weight": table}, "The checkpoint"))
-
-
-def _checked_clip(clip: Clip, frozen: dict) -> Clip:
-    """The given CLIP, after a look whether the checkpoint was trained on it: equal but for half precision."""
-    own = clip.model.state_dict()
-    for name, value in renamed(frozen, "The checkpoint").items():
-        if name not in own or not _alike(own[name], value):
-            raise ValueError(f"The checkpoint was trained on another CLIP, its weight {name} differs; load that CLIP.")
-    return clip

@@ -39,9 +39,11 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
     def __new__(cls, *arguments, **named):
         activation = named.get("activation", arguments[3] if len(arguments) > 3 else "relu")
         if cls is SparseAutoencoder and activation != "relu":
-            from patchsae.variants import kind_of  # which are made of this class
+            from patchsae.variants import KINDS  # which are made of this class
 
-            cls = kind_of(activation)
+            if activation not in KINDS:
+                raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(KINDS)}.")
+            cls = KINDS[activation]
         return super().__new__(cls, *arguments, **named)
 
     def __init__(self, d_model: int, n_latents: int, generator: torch.Generator | None = None,

@@ -6,6 +6,7 @@ sparse way is faster.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import training_rows, training_tokens
+from patchsae.activations import TrainingTokens, training_rows
 from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
@@ -181,10 +182,8 @@ class Training:
         """Continue from a checkpoint."""
         path = Path(folder) / "checkpoint.safetensors"
         tensors = load_tensors(path, str(self.quiet.device))
-        needed = {"quiet", "candidates", "counts", "hash", *(f"sae.{name}" for name in self.sae.state_dict())}
-        if missing := sorted(needed - set(tensors)):
-            raise ValueError(f"{path} lacks {missing[0]}; remove the folder and train again.")
-        if not torch.equal(tensors.pop("hash").cpu(), _hash(tensors)):
+        stated = tensors.pop("hash", torch.zeros(0, dtype=torch.uint8))
+        if not torch.equal(stated.cpu(), _hash(tensors)):
             raise ValueError(f"{path} is damaged, its hash is another one; remove the folder and train again.")
         weights = self.sae.state_dict()
         self.sae.load_state_dict({name: processes.placed(tensors[f"sae.{name}"], weights[name]) for name in weights})
@@ -222,11 +221,15 @@ def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: flo
 
 # The run ------------------------------------------------------------------------------------------------
 
+#: The tokens of a model and data set at a layer; the last ones asked for are kept.
+_tokens = functools.lru_cache(maxsize=1)(TrainingTokens)
+
+
 def training_batches(profile: Profile, clip: Clip, ds: Images, steps: range) -> Iterator[torch.Tensor]:
     """Tokens of each training step: whole images ``[B,T,D]`` or shuffled tokens ``[B*T,D]``, of all tokens or of the
     class tokens alone (T = 1). Of several processes each has its share of every batch."""
     s, cache = profile.sae, profile_cache(profile, clip, ds)
-    tokens = training_tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
+    tokens = _tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
     if s.batch_images % processes.count():
         raise ValueError(f"A batch of {s.batch_images} images cannot be shared evenly by {processes.count()} "
                          "processes; change sae.batch_images or the number of processes.")
@@ -293,13 +296,13 @@ class _Run:
     def begin(self, room: int = 1) -> None:
         """Start, or take up the last checkpoint; with so many times the usual room for active latents."""
         s, saved = self.profile.sae, self.folder / "training.json"
-        there = saved.is_file()
-        if there and load_json(saved, "key")["key"] != self.key:
+        begun = saved.is_file()
+        if begun and load_json(saved, "key")["key"] != self.key:
             raise ValueError(f"{self.folder} holds a training with other settings; choose another folder or remove it.")
-        sae = _empty(self.profile, self.clip).to(self.clip.device) if there else new_sae(
+        sae = _empty(self.profile, self.clip).to(self.clip.device) if begun else new_sae(
             self.profile, self.clip, self.ds)
         self.training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost, s.precision)
-        if there:
+        if begun:
             self.training.resume(self.folder)
         self.training.make_room(room)
         self.log = _read_log(self.folder / "log.csv", self.training.steps_done)

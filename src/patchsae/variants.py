@@ -110,13 +110,6 @@ class JumpReLU(SparseAutoencoder):
 KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
-def kind_of(activation: str) -> type[SparseAutoencoder]:
-    """The class of an activation."""
-    if activation not in KINDS:
-        raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(KINDS)}.")
-    return KINDS[activation]
-
-
 def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
     """Dead latents reconstruct the residual, the k strongest of each token (after Gao et al. 2024, A.2).
 

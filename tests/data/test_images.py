@@ -15,8 +15,9 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae import ArrayDataset, collect_latents
-from patchsae.activations import MOST_UNREADABLE, TrainingTokens, load_pixels, pixel_batches, token_batches
+from patchsae.activations import TrainingTokens, load_pixels, pixel_batches, token_batches
 from patchsae.data.images import LONGEST, Crop, FileDataset, Unreadable, in_turn, read_image
+from patchsae.data.reading import MOST_UNREADABLE
 
 
 def photograph(height, width, seed=0) -> np.ndarray:
@@ -144,7 +145,7 @@ def folder(tmp_path, n, bad=()) -> FileDataset:
 
 
 def test_a_pass_goes_on_over_a_few_unreadable_images(tmp_path, clip, monkeypatch):
-    monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 0.1)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.1)
     bad = (3, 8)
     ds = folder(tmp_path, 40, bad)
     good = [i for i in range(40) if i not in bad]
@@ -175,9 +176,9 @@ def test_too_many_unreadable_images_are_one_sentence(tmp_path, clip):
 
 def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):
     ds = folder(tmp_path, 48)
-    monkeypatch.setattr("patchsae.activations.os.cpu_count", lambda: 3)
+    monkeypatch.setattr("patchsae.data.reading.os.cpu_count", lambda: 3)
     many = list(token_batches(clip, ds, LAYER, 4))
-    monkeypatch.setattr("patchsae.activations.MOST_WORKERS", 0)
+    monkeypatch.setattr("patchsae.data.reading.MOST_WORKERS", 0)
     one = list(token_batches(clip, ds, LAYER, 4))
     assert len(many) == len(one) == 12
     for a, b in zip(many, one):
@@ -186,7 +187,7 @@ def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):
 
 
 def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
-    monkeypatch.setattr("patchsae.activations.MOST_UNREADABLE", 0.1)
+    monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.1)
     ds, rows = folder(tmp_path, 20, bad=(7,)), [np.array([1, 7, 3, 7]), np.array([4, 2])]
     kept = list(TrainingTokens(clip, ds, LAYER).batches(rows))
     monkeypatch.setattr("patchsae.activations.MEMORY", 0)

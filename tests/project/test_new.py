@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pandas as pd
@@ -294,6 +295,18 @@ def test_an_unknown_profile_is_a_sentence_in_every_command(command, monkeypatch,
         with pytest.raises(SystemExit) as error:
             main(arguments)
         assert "nonsense" in str(error.value) and one_sentence(error.value)
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    from patchsae.__main__ import EXTRAS, main
+
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "patchsae.app.dashboard", raising=False)
+    with pytest.raises(SystemExit, match=r"jinja2.*dashboard.*'patchsae\[app\]'") as error:
+        main(["dashboard", "--profile", "mini"])
+    assert one_sentence(error.value)
+    project = tomllib.loads((config.PROFILES.parents[2] / "pyproject.toml").read_text())["project"]
+    assert set(EXTRAS.values()) <= set(project["optional-dependencies"])
 
 
 def test_new_and_reset_run_from_make(tmp_path):

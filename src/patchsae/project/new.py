@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import MEMORY, MOST_UNREADABLE
+from patchsae.activations import MEMORY
 from patchsae.clip import Clip, load_clip
 from patchsae.config import PROFILES, ROOT, device, resolve
 from patchsae.data.datasets import split_files, split_folders
 from patchsae.data.images import IMAGE_ENDINGS, Unreadable, in_turn, read_image
+from patchsae.data.reading import MOST_UNREADABLE
 from patchsae.project.ask import agreed
 from patchsae.weights.files import write_atomically
 
