@@ -107,15 +107,13 @@ class DataSettings:
 
     ``images``: the folder of the task's images where they lie elsewhere; ``masks``: a folder of masks of them;
     ``test_share``: share of the images that are kept for tests where a folder has no splits. ``batch_images`` is for
-    passes that do not train. ``image_size``: pixels a side that images in files are cropped to, 0 for the model's own.
-    ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or none.
+    passes that do not train. ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or none.
     """
 
     task: Word
     source: Literal["scenes", "folders", "benchmarks"] = "folders"
     get: str = "put or link them there"
     transfer: Words = ()
-    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     train_images: Natural = 1_281_167
     test_images: Natural = 50_000
     batch_images: Natural = 16

@@ -94,7 +94,7 @@ def test_size_is_the_models_where_the_profile_names_none(tmp_path, clip):
     root = put(tmp_path / "images", ["cat", "dog"])
     clip.model.save_pretrained(tmp_path / "clip")
     for model, side in (("data/mini/clip", 64), (str(tmp_path / "clip"), SIDE)):
-        assert both(own(root, model, image_size=0))[0][0].image.shape == (side, side, 3)
+        assert both(own(root, model))[0][0].image.shape == (side, side, 3)
     with refused("no clip", FileNotFoundError):
         model_config(str(tmp_path / "no clip"), local=True)
 

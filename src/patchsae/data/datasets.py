@@ -131,7 +131,7 @@ class Subset(Images):
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(profile: Profile, task: str, split: str):
-    """The images of a task, as the profile says; files are cropped to ``image_size``, or else as the model takes them.
+    """The images of a task, as the profile says; files are cropped as the model takes them.
 
     "scenes" are drawn; "folders" are ``data/<profile>/images/<task>/``, and for the profile's own task ``images`` where
     it is given, in the layouts of :func:`split_files`; "benchmarks" are rows of ``datasets.toml`` in the folders of
@@ -143,7 +143,7 @@ def open_dataset(profile: Profile, task: str, split: str):
         from patchsae.world.dataset import SceneDataset  # the drawn world is loaded by those who look at it
 
         return SceneDataset(task, split, n)
-    size = settings.image_size or model_config(profile.model.name).image_size
+    size = model_config(profile.model.name).image_size
     if settings.source == "benchmarks":
         return open_benchmark(profile.data_dir / "images", task, split, n, size)
     root = images_folder(profile, task)
