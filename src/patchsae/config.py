@@ -107,7 +107,8 @@ class DataSettings:
 
     ``images``: the folder of the task's images where they lie elsewhere; ``masks``: a folder of masks of them;
     ``test_share``: share of the images that are kept for tests where a folder has no splits. ``batch_images`` is for
-    passes that do not train. ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has written in this format, or none.
+    passes that do not train. ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has
+    written in this format, or on none.
     """
 
     task: Word

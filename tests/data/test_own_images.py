@@ -23,7 +23,7 @@ def put(root, classes, n=6, first=0):
 
 def own(root, model="data/mini/clip", **settings) -> Profile:
     """A profile of images in a folder."""
-    data = {"task": "pets", "images": str(root), "image_size": SIDE} | settings
+    data = {"task": "pets", "images": str(root)} | settings
     return Profile(name="pets", model=ModelSettings(name=model), data=DataSettings(**data))
 
 
