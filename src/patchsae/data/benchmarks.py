@@ -4,10 +4,12 @@ Labels are given by name, in the order of CoOp's class names, on which base and 
 """
 
 import json
+import os
 import tomllib
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import constants
 
 from patchsae.data.images import FileDataset, HubDataset, images_in, in_turn
 
@@ -47,6 +49,12 @@ def missing(root: Path, task: str) -> list[Path]:
               "wnid": ["classnames.txt"], "numbered": []}[row["layout"]]
     needed += [row["images"]] if "images" in row else sorted(set(row["splits"].values()))
     return [folder / name for name in needed if not (folder / name).exists()]
+
+
+def on_this_machine(task: str) -> bool:
+    """Whether the hub's copy of a row lies in the cache of ``datasets``."""
+    cache, row = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets", _row(task)
+    return "hub" in row and (Path(cache) / row["hub"]["id"].replace("/", "___")).is_dir()
 
 
 def where_from(task: str) -> str:

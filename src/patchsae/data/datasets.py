@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchsae.config import Profile, resolve
-from patchsae.data.benchmarks import TABLE, open_benchmark
+from patchsae.data.benchmarks import TABLE, missing, on_this_machine, open_benchmark
 from patchsae.data.hashes import file_hashes
 from patchsae.data.images import FileDataset, Images, Item, content_id, images_in, in_turn
 
@@ -149,6 +149,18 @@ def open_dataset(profile: Profile, task: str, split: str):
     root = images_folder(profile, task)
     files, names = split_files(root, split, settings.test_share)
     return FileDataset(root, in_turn(files, n), names, size)
+
+
+def images_there(profile: Profile, task: str) -> bool:
+    """Whether the images of a task are where ``open_dataset`` reads them; of a task that nothing is trained on, those
+    for tests."""
+    if profile.data.source == "scenes":
+        return True
+    if profile.data.source == "benchmarks":
+        return not missing(profile.data_dir / "images", task) or on_this_machine(task)
+    root, trained = images_folder(profile, task), (profile.data.task, *profile.adaptation.tasks)
+    splits = split_folders(root).keys() or ({"train", "test"} if subfolders(root) else set())
+    return ({"train", "test"} if task in trained else {"test"}) <= splits
 
 
 def images_folder(profile: Profile, task: str) -> Path:

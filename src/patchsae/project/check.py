@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 
 from patchsae.config import ROOT, Profile, device, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, where_from
-from patchsae.data.datasets import images_folder, split_folders, subfolders
+from patchsae.data.datasets import images_folder, images_there
 from patchsae.data.masked import READERS, SOURCE, masks_folder
 from patchsae.project.stamps import STAMPS, estimate, rate
 from patchsae.weights.files import file_sha256, load_json, model_files
@@ -76,22 +76,18 @@ def weights_line(profile: Profile) -> str:
 
 
 def _images(profile: Profile, task: str) -> Need:
-    """The images of a task: of some, only those for tests are read."""
+    """The images of a task; without those of the profile's own nothing runs."""
+    there, stops, get = images_there(profile, task), task == profile.data.task, profile.data.get
     if profile.data.source == "scenes":
-        return Need(f"images of {task}", True, profile.data.get)
+        return Need(f"images of {task}", there, get, stops)
     if profile.data.source == "folders":
-        root = images_folder(profile, task)
-        trained = task in (profile.data.task, *profile.adaptation.tasks)
-        there = split_folders(root) or dict.fromkeys(("train", "test") if subfolders(root) else ())
-        return Need(f"images of {task} in {profile.short(root)}/", {"test", "train"} <= there.keys() | (
-            set() if trained else {"train"}), profile.data.get)
-    row, absent = TABLE[task], missing(profile.data_dir / "images", task)
-    title = f"{row['title']} ({task}), {row['gigabytes']} GB"
-    if "hub" not in row:
-        where = absent[0] if absent else profile.data_dir / "images" / row["folder"]
-        return Need(f"{title}: {profile.short(where)}", not absent, where_from(task))
-    cached = (Path(constants.HF_HOME) / "datasets" / row["hub"]["id"].replace("/", "___")).is_dir()
-    return Need(title, not absent or cached, " or ".join(dict.fromkeys((profile.data.get, where_from(task)))))
+        return Need(f"images of {task} in {profile.short(images_folder(profile, task))}/", there, get, stops)
+    row = TABLE[task]
+    title, source = f"{row['title']} ({task}), {row['gigabytes']} GB", where_from(task)
+    if "hub" in row:
+        return Need(title, there, " or ".join(dict.fromkeys((get, source))), stops)
+    where = next(iter(missing(profile.data_dir / "images", task)), profile.data_dir / "images" / row["folder"])
+    return Need(f"{title}: {profile.short(where)}", there, source, stops)
 
 
 # Reports

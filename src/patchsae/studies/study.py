@@ -9,7 +9,7 @@ import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import Profile, device, resolve, start
-from patchsae.data.datasets import open_dataset, templates
+from patchsae.data.datasets import images_there, open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
 from patchsae.latents import LatentStatistics, saved_latents
@@ -28,13 +28,24 @@ class LeftOut(Exception):
 class Study:
     """A profile, opened.
 
-    ``layer``: the cut. ``clip``, ``train`` and ``test`` (the images of the profile's task), ``sae`` (committed or
-    trained before, else trained now), ``stats`` (its statistics on ``train``) and ``text [C,P]`` (the classes' text
-    features) are loaded or computed when they are first asked for, and kept.
+    ``profile``: without the tasks whose images are not there, which ``absent`` names. ``layer``: the cut. ``clip``,
+    ``train`` and ``test`` (the images of the profile's task), ``sae`` (committed or trained before, else trained now),
+    ``stats`` (its statistics on ``train``) and ``text [C,P]`` (the classes' text features) are loaded or computed when
+    they are first asked for, and kept.
     """
 
     def __init__(self, profile: Profile):
-        self.profile, self.layer = profile, profile.model.layer
+        data, adaptation = profile.data, profile.adaptation
+        self.absent = [task for task in dict.fromkeys((*data.transfer, *adaptation.tasks))
+                       if not images_there(profile, task)]
+
+        def there(tasks: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(task for task in tasks if task not in self.absent)
+
+        self.profile = dataclasses.replace(
+            profile, data=dataclasses.replace(data, transfer=there(data.transfer)),
+            adaptation=dataclasses.replace(adaptation, tasks=there(adaptation.tasks)))
+        self.layer = profile.model.layer
 
     @functools.cached_property
     def clip(self) -> Clip:
@@ -134,7 +145,10 @@ class Study:
 
 def open_study(profile: Profile | str | None = None) -> Study:
     """Open a profile (by default the one that ``PROFILE`` names), with its number of threads and its seed set."""
-    return Study(profile if isinstance(profile, Profile) else start(profile))
+    study = Study(profile if isinstance(profile, Profile) else start(profile))
+    if study.absent:
+        print(f"Left out, for want of their images: {', '.join(study.absent)}; `make check` says where they go.")
+    return study
 
 
 @functools.lru_cache(maxsize=64)
