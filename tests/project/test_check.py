@@ -236,7 +236,8 @@ def test_drawn_images_are_in_folders_of_the_stated_classes(tmp_path, monkeypatch
     assert len(list((tmp_path / "images" / "nouns" / "train").iterdir())) == rehearsal.CLASSES
     assert Image.open(next(tmp_path.rglob("*.png"))).size == (224, 224)
     assert check.needs(profile)[1].there
-    train, test = (open_dataset(profile, "nouns", split) for split in ("train", "test"))
+    drawn = dataclasses.replace(profile, model=dataclasses.replace(profile.model, name="data/mini/clip"))
+    train, test = (open_dataset(drawn, "nouns", split) for split in ("train", "test"))
     assert train.class_names == test.class_names and np.bincount(test.labels).tolist() == [2] * rehearsal.CLASSES
 
 

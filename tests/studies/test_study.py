@@ -21,9 +21,9 @@ def put(folder, classes=("cat", "dog")):
 def test_tasks_without_images_are_left_out_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("patchsae.config.ROOT", tmp_path)
     mini = load_profile("mini")
+    data = dataclasses.replace(mini.data, source="folders", task="pets", transfer=("owls", "toys"))
     profile = dataclasses.replace(
-        mini, name="pets", data=dataclasses.replace(mini.data, source="folders", task="pets", transfer=("owls", "toys")),
-        adaptation=dataclasses.replace(mini.adaptation, tasks=("pets", "toys", "cars")))
+        mini, name="pets", data=data, adaptation=dataclasses.replace(mini.adaptation, tasks=("pets", "toys", "cars")))
     for task in ("pets", "toys"):
         put(tmp_path / "data/pets/images" / task)
     study = open_study(profile)
