@@ -33,7 +33,11 @@ from patchsae.world.scenes import (
 KNOWN = {"nouns": "9d14e60dc8eca4c5", "sketches": "1b3d50a6fc1d665e", "textures": "18284b4adf8b54bd",
          "backgrounds": "619c23632aa97844", "colours": "c8af0582edc41584", "words": "06146ecf5792081d",
          "pairs": "2ef65f29ed58e4df", "counting": "5da93b2a5cb850f4", "aerial": "5eaf237cf14558ae",
-         "pretraining": "977ce94f41e374ce"}
+         "pretraining": "977ce94f41e374ce", "new_words": "f4443fd2ebe078fe", "groups": "19158f1247c9855d",
+         "bags": "270bda6da4a8ebf6", "noun_cycle": "d292e85b10ffb304", "colour_words": "0ee624f5cbd402b7",
+         "colour_rows": "b40fae7efee7d7c0", "words_or_rows": "2799967755f055a0", "nouns_and_rows": "fc3397b211c349c7",
+         "noun_rows": "e46b155afe4a717f", "colour_pairs": "017e17fa09a4903b", "new_colours": "5cbc6f88d5994532",
+         "colour_cycle": "6aa56bd676baf124"}
 every_task = pytest.mark.parametrize("task", KNOWN)
 
 
@@ -103,7 +107,7 @@ SHOWS = {
         {thing.noun for thing in plan.things} == {first.noun})}
 
 
-@every_task
+@pytest.mark.parametrize("task", SHOWS)
 def test_the_label_is_what_is_drawn(task):
     for scene in many(task, 70):
         name, plan = class_names(task)[scene.label], scene.plan

@@ -4,7 +4,7 @@ import pandas as pd
 
 from patchsae.config import ROOT, start
 from patchsae.figures import pretraining_curves
-from patchsae.studies import adaptation_sweep, recovery_sweep, sweep
+from patchsae.studies import adaptation_sweep, recovery_sweep, sweep, truths
 from patchsae.studies.study import open_study
 from patchsae.world import pretrain
 
@@ -22,6 +22,6 @@ def mini_clip() -> str:
 def run(name: str | None) -> str:
     """Fill every table of a profile that is not full yet."""
     study = open_study(name)
-    for room in (sweep, adaptation_sweep, recovery_sweep):
+    for room in (truths, sweep, adaptation_sweep, recovery_sweep):
         room.run(study)
     return f"The tables of the profile {study.profile.name} are in {study.profile.short(study.profile.data_dir)}/"

@@ -23,7 +23,9 @@ NOUNS, COLOURS = tuple(GLYPHS), tuple(WORLD["colours"])
 GROUPS = {noun: group for group, nouns in WORLD["nouns"].items() for noun in nouns}
 TEXTURES = (*NAMES["textures"], *NAMES["more_textures"])
 BACKGROUNDS = (*NAMES["backgrounds"], *NAMES["more_backgrounds"])
-TASKS = tuple(task for task in WORLD["tasks"] if task != "pretraining")
+#: Task -> "remap", "new" or "mixed", of the tasks whose truth is known; TASKS are the others, without pre-training.
+TRUTHS = {task: table["truth"] for task, table in WORLD["tasks"].items() if "truth" in table}
+TASKS = tuple(task for task in WORLD["tasks"] if task not in TRUTHS and task != "pretraining")
 #: Tasks whose classes are nouns, with the share of sketches in them; their scenes may have two objects.
 NOUN_TASKS = {"nouns": 0.125, "sketches": 1.0, "pretraining": 0.25}
 #: The kinds of concept, in the order of the planes of ``Scene.maps``, and the concepts of each kind.
@@ -34,7 +36,8 @@ KINDS = tuple(CONCEPTS)
 CLASS_NAMES = dict.fromkeys(NOUN_TASKS, NOUNS) | {
     "textures": TEXTURES, "backgrounds": BACKGROUNDS, "colours": COLOURS, "words": CONCEPTS["text"],
     "counting": tuple(NAMES["counts"]), "aerial": tuple(NAMES["aerial"]),
-    "pairs": tuple(f"{colour} {noun}" for noun in NAMES["pair_nouns"] for colour in NAMES["pair_colours"])}
+    "pairs": tuple(f"{colour} {noun}" for noun in NAMES["pair_nouns"] for colour in NAMES["pair_colours"])
+} | {task: tuple(WORLD["tasks"][task]["names"]) for task in TRUTHS}
 NONE = -1
 #: Raised whenever a drawn byte changes: what was computed of the scenes before is then of others.
 VERSION = 1
@@ -105,6 +108,8 @@ def draw_scene(task: str, seed: int, index: int) -> Scene:
 def plan_scene(task: str, label: int, rng: np.random.Generator) -> Plan:
     """Decide what is in a scene of this task and class."""
     name = class_names(task)[label]
+    if task in TRUTHS:
+        return replace(_plan_of_known_truth(WORLD["tasks"][task], label, rng), label=label)
     if task == "aerial":
         return Plan(aerial=name, label=label)
     if task == "counting":
@@ -153,6 +158,11 @@ def _placed(rng, first: Thing, two: bool) -> tuple[Thing, ...]:
     if not two or rng.random() >= WORLD["two_share"]:
         side = _pick(rng, (32, 40, 48))
         return (replace(first, side=side, left=_lattice(rng, SIZE - side), top=_lattice(rng, SIZE - side)),)
+    return _pair(rng, first)
+
+
+def _pair(rng, first: Thing) -> tuple[Thing, ...]:
+    """A larger object and a smaller, random one side by side, which do not overlap."""
     large, small = _pick(rng, (32, 40)), 24
     start = _lattice(rng, SIZE - large - small)
     along = [start, start + large] if rng.random() < 0.5 else [start + small, start]
@@ -160,6 +170,27 @@ def _placed(rng, first: Thing, two: bool) -> tuple[Thing, ...]:
     lefts, tops = (along, across) if rng.random() < 0.5 else (across, along)
     return (replace(first, side=large, left=lefts[0], top=tops[0]),
             replace(_random_thing(rng), side=small, left=lefts[1], top=tops[1]))
+
+
+def _plan_of_known_truth(task: dict, label: int, rng) -> Plan:
+    """A scene of a task whose table in ``scenes.toml`` says its truth; the label is left to the caller.
+
+    ``shows``: for each class the concepts of ``kind`` that its main object may have; beside it is a smaller, random
+    one. ``quarters``: for each class what the small object in each quarter of the scene has of the kind ``among``; with
+    both, a class for each pair. ``parts``: for each class one of another task. All else is independent of the class.
+    """
+    if "parts" in task:
+        part, other = task["parts"][label]
+        return _plan_of_known_truth(WORLD["tasks"][part], other, rng)
+    if "quarters" not in task:
+        main = replace(_random_thing(rng), **{task["kind"]: _pick(rng, task["shows"][label])})
+        return replace(_backdrop(rng), things=_pair(rng, main))
+    group, arrangement = divmod(label, len(task["quarters"]))
+    shown = {task["kind"]: _pick(rng, task["shows"][group])} if "shows" in task else {}
+    return replace(_backdrop(rng), things=tuple(
+        replace(_random_thing(rng), **shown, **{task["among"]: value}, side=16,
+                left=32 * (i % 2) + _lattice(rng, 16), top=32 * (i // 2) + _lattice(rng, 16))
+        for i, value in enumerate(task["quarters"][arrangement])))
 
 
 def caption(plan: Plan, rng: np.random.Generator | None = None, keep: float = 1.0) -> str:
