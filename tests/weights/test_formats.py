@@ -381,3 +381,12 @@ def test_other_paths_are_one_sentence(tmp_path):
     for path in (tmp_path / "two", tmp_path / "gelu", tmp_path, tmp_path / "list.pt", "no/such/name/at/all"):
         with refused():
             SparseAutoencoder.from_pretrained(path)
+
+
+@pytest.mark.parametrize("write", [lambda path, sae: write_official(path / "out.pt", sae),
+                                   lambda path, sae: write_saelens(path / "folder", sae, "clip", "blocks.10")])
+def test_an_activation_that_a_format_does_not_have_is_refused(tmp_path, write):
+    toy = types.SimpleNamespace(state_dict=random_sae(D, S).state_dict, activation="toy", k=0)
+    with pytest.raises(ValueError, match="has no toy") as error:
+        write(tmp_path, toy)
+    assert one_sentence(error.value) and not list(tmp_path.rglob("*.*"))

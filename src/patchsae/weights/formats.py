@@ -124,15 +124,18 @@ def write_saelens(folder: str | Path, sae, model_name: str, hook_name: str) -> N
     """
     tensors, activation, k = _parts(sae)
     d_model, n_latents = tensors["W_enc"].shape
-    if activation in ("jumprelu", *BATCHED):
+    variant = {"relu": {"architecture": "standard"}, "topk": {"architecture": "topk", "k": k}}
+    variant |= dict.fromkeys(("jumprelu", *BATCHED), {"architecture": "jumprelu"})
+    if activation not in variant:
+        raise ValueError(f"{folder} cannot be written, since SAELens has no {activation}; use save_pretrained instead.")
+    if variant[activation]["architecture"] == "jumprelu":
         threshold = tensors["log_threshold"].exp() if activation == "jumprelu" else tensors["threshold"]
         tensors = {name: tensors[name] for name in NAMES} | {"threshold": threshold.expand(n_latents)}
-    variant = {"relu": {"architecture": "standard"}, "topk": {"architecture": "topk", "k": k}}
     save_json(Path(folder) / "cfg.json", {
         "d_in": d_model, "d_sae": n_latents, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "model_name": model_name, "hook_name": hook_name}}
-        | variant.get(activation, {"architecture": "jumprelu"}))
+        | variant[activation])
     save_tensors(Path(folder) / "sae_weights.safetensors", tensors)
 
 
