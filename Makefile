@@ -77,6 +77,7 @@ test-gpu: | env  ## what a GPU does differently, in a process of its own; skippe
 
 notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 	@"$(PYTHON)" tools/run_notebook.py --in-place $(NOTEBOOKS)
+	@"$(PYTHON)" tools/make_verdicts.py
 
 mini-clip: | env  ## train the small CLIP of data/mini/ again
 	"$(PYTHON)" -m patchsae mini-clip
