@@ -106,6 +106,10 @@ stress: | env  ## damage caches in 200 ways, kill 20 cachings and 20 trainings, 
 	"$(PYTHON)" tools/stress_cache.py
 	"$(PYTHON)" tools/stress_training.py
 
+.PHONY: fuzz
+fuzz: | env  ## call every public function, setting and command with odd arguments, some 9,800 cases (3 minutes; SEED=)
+	"$(PYTHON)" tools/fuzz.py --seed $(or $(SEED),0)
+
 .PHONY: bench bench-gpu
 bench: | env  ## time everything at the paper's size against the published algorithms; docs/performance.md (8 minutes)
 	"$(PYTHON)" tools/bench.py --write-docs

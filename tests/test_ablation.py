@@ -349,7 +349,7 @@ MISTAKES = {
     "another SAE": "another autoencoder", "k too large": f"k = {S + 1} is not a whole number between 1 and {S}",
     "k of 0": "k = 0", "ranking of floats": "whole numbers", "text of nothing": "class 3", "text not finite": "class 1",
     "half a latent": "k = 1.7", "ks as text": "give a list", "seed twice": "each once", "selection twice": "each once",
-    "seed as text": "seed '0'", "another block": "after block 0", "classes in another order": "another order",
+    "seed as text": "seed .* '0'", "another block": "after block 0", "classes in another order": "another order",
     "text width": "width 9", "text classes": "3 text features", "selection": "class-unshared",
     "no counts": "No class has training images", "one class": "two classes", "nothing to rank by": "neither",
     "ranking shape": f"ranking of shape \\[{C}, {S - 1}\\]", "ranking twice": "every latent once",

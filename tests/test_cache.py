@@ -376,7 +376,7 @@ def test_room_is_asked_for_what_is_missing_only(made, clip, pixel_data, monkeypa
 
 
 def test_size_of_imagenet():
-    vit = type("ViT", (), {"n_tokens": 197, "width": 768})
+    vit = type("ViT", (), {"n_tokens": 197, "width": 768, "below": None, "above": None})
     assert cache.gigabytes(cache_bytes(vit, 1_281_167)) == "388 GB"
 
 

@@ -196,7 +196,7 @@ def test_exact_ties_go_to_the_lowest_position(exact, batch, k):
     """Few different whole numbers: most image-level activations are equal, within batches and across them."""
     rng = np.random.default_rng(k)
     rows = rng.integers(-1, 2, (33, 60)) * (rng.random((33, 1)) < 0.8)
-    ds, sae = ArrayDataset(integers(rows), rng.integers(0, 3, 33), class_names="abc"), whole_sae()
+    ds, sae = ArrayDataset(integers(rows), rng.integers(0, 3, 33), class_names=tuple("abc")), whole_sae()
     images = latents_of(exact, sae, ds)
     expected = naive(images, ds.labels.tolist(), [ds[i].id for i in range(33)], 3, 0.2, k)
     levels = [{round(h[:, j].mean(), 9) for h in images} for j in range(8)]
@@ -491,7 +491,7 @@ processes.join()
 reading.MOST_UNREADABLE = 0.2
 out, clip = Path(sys.argv[1]), Clip(random_clip_model(), None, conftest.tiny_processor())
 rng = np.random.default_rng(0)
-ties = ArrayDataset(integers(rng.integers(-1, 2, (33, 60))), rng.integers(0, 3, 33), class_names="abc")
+ties = ArrayDataset(integers(rng.integers(-1, 2, (33, 60))), rng.integers(0, 3, 33), class_names=tuple("abc"))
 asked = {"plain": (clip, quiet_sae(), some_data(40, 4), 10, 6),
          "last part small": (clip, quiet_sae(), some_data(13, 3), 3, 6),
          "ties": (Exact(random_clip_model()), whole_sae(), ties, 7, 4),
@@ -530,7 +530,7 @@ def test_two_processes_find_what_one_does(tmp_path):
 def test_parts_are_the_whole(exact, monkeypatch):
     """Integers, so that no order of a sum shows: the same bits in parts of a few images and latents as at once."""
     rng = np.random.default_rng(3)
-    ds = ArrayDataset(integers(rng.integers(-2, 3, (23, 60))), rng.integers(0, 3, 23), class_names="abc")
+    ds = ArrayDataset(integers(rng.integers(-2, 3, (23, 60))), rng.integers(0, 3, 23), class_names=tuple("abc"))
     sae = whole_sae(20)
     whole = collect_latents(exact, sae, ds, LAYER, n_reference=4, batch_images=7)
     monkeypatch.setattr(onednn, "WIDE", WIDTH)

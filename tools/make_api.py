@@ -22,15 +22,15 @@ def public(room) -> list[tuple[str, object]]:
 
 
 def signature(value) -> str:
-    """Parameters and their types; of settings without their ranges, which their docstrings say."""
+    """Parameters and their types, without ranges and shapes, which their docstrings say."""
     try:
         found = inspect.signature(value)
     except (TypeError, ValueError):
         return ""
-    if dataclasses.is_dataclass(value):
-        types = typing.get_type_hints(value)
-        found = found.replace(parameters=[p.replace(annotation=types[p.name]) for p in found.parameters.values()])
-    return str(found).replace("patchsae.", "")
+    makes = inspect.isclass(value) and not dataclasses.is_dataclass(value)
+    types = typing.get_type_hints(inspect.unwrap(value.__init__ if makes else value))
+    bare = [p.replace(annotation=types.get(p.name, p.annotation)) for p in found.parameters.values()]
+    return str(found.replace(parameters=bare)).replace("patchsae.", "")
 
 
 def entry(name: str, value, level: str = "###") -> str:
@@ -38,7 +38,7 @@ def entry(name: str, value, level: str = "###") -> str:
     text = f"{level} `{name}{signature(value)}`\n\n```text\n{inspect.getdoc(value) or ''}\n```\n"
     if inspect.isclass(value):
         methods = [(n, m) for n, m in vars(value).items() if n[0] != "_" and inspect.isfunction(m) and m.__doc__]
-        text += "".join(f"\n- `.{n}{str(inspect.signature(m)).replace('patchsae.', '')}`: "
+        text += "".join(f"\n- `.{n}{signature(m)}`: "
                         f"{inspect.getdoc(m).splitlines()[0]}" for n, m in methods) + "\n" * bool(methods)
     return text
 

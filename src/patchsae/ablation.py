@@ -11,7 +11,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,11 @@ from scipy.spatial import cKDTree
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
+from patchsae.data.checks import BatchTokens, Layer, Natural, Seed, Whole, guard, indices
 from patchsae.data.datasets import Subset
 from patchsae.data.images import Images
 from patchsae.fast.segments import active_latents, segment_sums
+from patchsae.latents import LatentStatistics
 from patchsae.sae import SparseAutoencoder
 
 #: "class": counts of the image's class (paper). "dataset": counts of all classes (paper). "random" (paper).
@@ -43,30 +45,30 @@ Order = Callable[[int], torch.Tensor]
 
 # Rankings -----------------------------------------------------------------------------------------------
 
-def descending(counts: torch.Tensor) -> torch.Tensor:
+def descending(counts: Annotated[torch.Tensor, "number S"]) -> torch.Tensor:
     """Indices from the largest count to the smallest, ties lowest index first: ``[S] -> [S]``."""
     return torch.argsort(counts, descending=True, stable=True)
 
 
-def class_order(lat) -> Order:
+def class_order(lat: LatentStatistics) -> Order:
     """Each class's latents by how many training tokens of the class they are active on (eq. 4-5)."""
     counts = torch.as_tensor(lat.class_counts)
     return lambda label: descending(counts[label])
 
 
-def dataset_order(lat) -> Order:
+def dataset_order(lat: LatentStatistics) -> Order:
     """The same for every class: latents by their counts over all classes."""
     ranking = descending(torch.as_tensor(lat.class_counts).sum(0))
     return lambda label: ranking
 
 
-def random_order(lat, seed: int) -> Order:
+def random_order(lat: LatentStatistics, seed: Seed) -> Order:
     """A permutation that depends on the seed and the class alone."""
     n = torch.as_tensor(lat.class_counts).shape[1]
     return lambda label: torch.from_numpy(np.random.default_rng([seed, label]).permutation(n))
 
 
-def unshared_order(lat) -> Order:
+def unshared_order(lat: LatentStatistics) -> Order:
     """``class_order`` with the latents that lead the lists of more than half of the classes moved to the end.
 
     A list holds the first 100 latents of a class (or a quarter, if that is less) that were active at all.
@@ -85,7 +87,7 @@ def unshared_order(lat) -> Order:
     return unshared
 
 
-def matched_order(lat, seed: int, depth: int) -> Order:
+def matched_order(lat: LatentStatistics, seed: Seed, depth: Whole) -> Order:
     """Random latents that are alike in frequency and mean activation to those of a class's ranking, place by place.
 
     Each is another one of the ten nearest (log10 of both, in units of their spread) that are still free. Nothing
@@ -124,7 +126,7 @@ def _log_statistics(lat) -> np.ndarray:
     return logs.numpy()
 
 
-def wrong_classes(classes: Sequence[int], seed: int) -> dict[int, int]:
+def wrong_classes(classes: Sequence[Whole], seed: Seed) -> dict[int, int]:
     """Another class for each class: all of them on one random cycle."""
     if len(classes) < 2:
         raise ValueError("A wrong class takes two classes with training images; choose another selection.")
@@ -141,10 +143,9 @@ class Arm(NamedTuple):
     segments: Callable[[int], torch.Tensor]
 
 
-def make_arm(lat, selection: str, seed: int, ks: Sequence[int], ranking=None) -> Arm:
+def make_arm(lat: LatentStatistics | None, selection: Literal[*SELECTIONS], seed: Seed, ks: Sequence[Natural],
+             ranking: np.ndarray | torch.Tensor | None = None) -> Arm:
     """Prepare a selection; ``ranking [C,S]`` replaces its order of latents."""
-    if selection not in SELECTIONS:
-        raise ValueError(f"There is no selection {selection!r}; choose one of {', '.join(SELECTIONS)}.")
     if ranking is not None:
         order = torch.as_tensor(ranking).__getitem__
     elif selection == "matched":
@@ -174,7 +175,8 @@ def _rankable(lat, ranking) -> list[int]:
 
 # Editing tokens -----------------------------------------------------------------------------------------
 
-def masked_tokens(sae: SparseAutoencoder, z: torch.Tensor, sums: torch.Tensor, add_error: bool) -> torch.Tensor:
+def masked_tokens(sae: SparseAutoencoder, z: BatchTokens, sums: Annotated[torch.Tensor, "B,J,T,D"],
+                  add_error: bool) -> torch.Tensor:
     """Spliced, on k_1..k_J, off k_1..k_J: ``[B,T,D], [B,J+1,T,D] -> [B,1+2J,T,D]`` (sec. 4.1).
 
         on k  = b_dec + sum over ranks < k of h_s W_dec[s];  off k = b_dec + sum over ranks >= k
@@ -203,7 +205,7 @@ class Setup(NamedTuple):
 
 
 @torch.no_grad()
-def masked_logits(setup: Setup, ds: Images, batch_images: int, title: str) -> Iterator[tuple]:
+def masked_logits(setup: Setup, ds: Images, batch_images: Natural, title: str) -> Iterator[tuple]:
     """Classify images of ``setup.classes`` under every condition, in order: batches of logits, labels and ids."""
     for batch in token_batches(setup.clip, ds, setup.layer, batch_images, title):
         labels = batch.labels.tolist()
@@ -214,8 +216,11 @@ def masked_logits(setup: Setup, ds: Images, batch_images: int, title: str) -> It
         yield logits.cpu(), labels, batch.ids
 
 
-def batch_logits(setup: Setup, z: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
+def batch_logits(setup: Setup, z: BatchTokens, labels: Sequence[int]) -> torch.Tensor:
     """Logits of images ``[B,T,D]``, original, spliced, on k_1..k_J and off k_1..k_J: ``[B,arms,2+2J,C]``."""
+    labels = np.atleast_1d(indices(labels, len(setup.text), "labels")).tolist()
+    if len(labels) != len(z):
+        raise ValueError(f"There are {len(labels)} labels of {len(z)} images; give one of each.")
     original = _classify(setup, z[:, None])
     predicted = torch.tensor(setup.classes)[original[:, 0, setup.classes].argmax(1).cpu()].tolist()
     group = max(1, DENSE // (z.shape[1] * setup.sae.n_latents))
@@ -248,9 +253,12 @@ def _classify(setup: Setup, z: torch.Tensor) -> torch.Tensor:
     return setup.clip.logits(embeddings, setup.text).unflatten(0, z.shape[:2])
 
 
-def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat, text_features: torch.Tensor, layer: int, ks,
-                 selection: str | Sequence[str] = "class", ranking=None, add_error: bool = False,
-                 per_image: bool | str = False, seed: int | Sequence[int] = 0, batch_images: int = 64,
+def topk_masking(clip: Clip, sae: SparseAutoencoder, ds, lat: LatentStatistics | None,
+                 text_features: torch.Tensor, layer: Layer, ks: Sequence,
+                 selection: str | Sequence[str] = "class",
+                 ranking: np.ndarray | torch.Tensor | Sequence | None = None, add_error: bool = False,
+                 per_image: Literal[False, True, "predictions"] = False, seed: int | Sequence[int] = 0,
+                 batch_images: Natural = 64,
                  title: str = "") -> pd.DataFrame:
     """Classify a data set with the first k latents of a ranking kept (on) or removed (off) (sec. 4.1, Fig. 5).
 
@@ -301,11 +309,11 @@ def _checked_ks(ks, n_latents: int) -> list[int]:
     """The values of k in order, each once."""
     if isinstance(ks, str) or not np.iterable(ks):
         raise ValueError(f"ks is {ks!r}; give a list of how many latents to switch, such as [1, 10, 'all'].")
-    counts = {n_latents if k == "all" else k for k in ks}
-    if wrong := [k for k in counts if isinstance(k, (bool, str)) or int(k) != k or not 1 <= k <= n_latents]:
+    counts = [n_latents if isinstance(k, str) and k == "all" else k for k in ks]
+    if wrong := [k for k in counts if type(k) is not int and not isinstance(k, np.integer) or not 1 <= k <= n_latents]:
         raise ValueError(f"k = {wrong[0]} is not a whole number between 1 and {n_latents}, the number of latents of "
                          "this autoencoder; choose another k.")
-    return sorted(map(int, counts))
+    return sorted(set(map(int, counts)))
 
 
 def _check_latents(sae: SparseAutoencoder, ds: Images, block: int, lat, ranking) -> None:
@@ -363,3 +371,6 @@ def _image_rows(batches: Iterator[tuple], conditions: pd.DataFrame, keep_logits:
         table["prediction"] = logits.argmax(-1).flatten().numpy()
         tables.append(table.assign(logits=list(logits.flatten(0, 2).numpy())) if keep_logits else table)
     return pd.concat(tables, ignore_index=True)
+
+
+guard(globals())

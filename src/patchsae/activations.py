@@ -5,7 +5,7 @@ a training that was interrupted goes on with the batch it would have had.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
+from patchsae.data.checks import Layer, Natural, Seed, Whole, guard, indices
 from patchsae.data.datasets import ArrayDataset
 from patchsae.data.images import Images, Unreadable
 from patchsae.data.reading import read_ahead, read_rows
@@ -44,6 +45,9 @@ class TokenBatch(NamedTuple):
 
 def load_pixels(clip: Clip, ds: Images, rows) -> PixelBatch:
     """Read and preprocess the images at these positions of a data set; one that cannot be read is an error."""
+    rows = np.atleast_1d(indices(rows, len(ds), "positions"))
+    if not len(rows):
+        raise ValueError("No images are named; give the positions of at least one.")
     *batch, unreadable = read_rows(ds, clip.crop, rows)
     if unreadable:
         raise Unreadable(next(iter(unreadable.values())))
@@ -52,6 +56,7 @@ def load_pixels(clip: Clip, ds: Images, rows) -> PixelBatch:
 
 def read_pixels(clip: Clip, ds: Images, batches: list[np.ndarray]) -> Iterator[PixelBatch]:
     """The images at the positions of each batch, preprocessed, those left out that cannot be read."""
+    batches = [indices(rows, len(ds), "positions") for rows in batches]
     for batch in read_ahead(ds, clip.crop, batches, pin=clip.device.type == "cuda"):
         yield _preprocessed(clip, *batch)
 
@@ -65,14 +70,14 @@ def _preprocessed(clip: Clip, images: torch.Tensor, labels, ids, rows) -> PixelB
     return PixelBatch(images, labels, ids, rows)
 
 
-def refuse_not_finite(x: torch.Tensor, ids: list, rows, what: str, advice: str) -> None:
+def refuse_not_finite(x: torch.Tensor, ids: list, rows: Sequence[int], what: str, advice: str) -> None:
     """Stop at the first image of which something ``[B,...]`` is not finite."""
     if not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"Image {ids[bad]} (position {rows[bad]}) {what} that are not finite; {advice}.")
 
 
-def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> Iterator[PixelBatch]:
+def pixel_batches(clip: Clip, ds, batch_images: Natural = 64, title: str = "") -> Iterator[PixelBatch]:
     """Every image of a data set once, in order, with a bar that carries ``title``."""
     ds = as_images(ds)
     if len(ds) == 0:
@@ -82,13 +87,13 @@ def pixel_batches(clip: Clip, ds, batch_images: int = 64, title: str = "") -> It
 
 
 @torch.no_grad()
-def token_batches(clip: Clip, ds, layer: int, batch_images: int = 64, title: str = "") -> Iterator[TokenBatch]:
+def token_batches(clip: Clip, ds, layer: Layer, batch_images: Natural = 64, title: str = "") -> Iterator[TokenBatch]:
     """The tokens of every image once, in order."""
     for batch in pixel_batches(clip, ds, batch_images, title):
         yield TokenBatch(finite_tokens(clip, batch, layer), *batch[1:])
 
 
-def finite_tokens(clip: Clip, batch: PixelBatch, layer: int) -> torch.Tensor:
+def finite_tokens(clip: Clip, batch: PixelBatch, layer: Layer) -> torch.Tensor:
     """Tokens of a batch of images at the cut ``[B,T,D]``, all of them finite."""
     z = clip.below(batch.pixels, layer)
     refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
@@ -108,14 +113,14 @@ def kept_pixels(clip: Clip, ds: Images) -> Images:
 # The order of training ----------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=4)
-def epoch_rows(n: int, epoch: int, seed: int) -> np.ndarray:
+def epoch_rows(n: Natural, epoch: Whole, seed: Seed) -> np.ndarray:
     """The order of one epoch over n images: a permutation that depends on the seed and the epoch alone."""
     order = np.random.default_rng([seed, epoch]).permutation(n)
     order.flags.writeable = False
     return order
 
 
-def training_rows(n: int, step: int, batch_images: int, seed: int) -> np.ndarray:
+def training_rows(n: Whole, step: Whole, batch_images: Natural, seed: Seed) -> np.ndarray:
     """Positions of the images of one training step.
 
     A function of its arguments, so that a resumed run goes on with the batch it would have had. Every image is
@@ -135,8 +140,10 @@ class TrainingTokens:
     Each way the same rows give the same bytes again, so that a resumed training goes on as it would have.
     """
 
-    def __init__(self, clip: Clip, ds: Images, layer: int, bf16: bool = False, cache=None):
+    def __init__(self, clip: Clip, ds: Images, layer: Layer, bf16: bool = False, cache=None):
         self.clip, self.ds, self.layer, self.bf16, self.cache, self.kept = clip, ds, layer, bf16, cache, None
+        if not hasattr(cache, "manifest") and cache is not None:
+            raise ValueError(f"The cache is a {type(cache).__name__}; give what open_cache returns.")
         if cache is not None:
             ds.unreadable.update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
         elif 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
@@ -160,10 +167,13 @@ class TrainingTokens:
                 yield z.float()
         elif self.kept is not None:
             for batch in rows:
-                places = self.place[batch]
+                places = self.place[indices(batch, len(self.place), "positions")]
                 yield self.kept[torch.from_numpy(places[places >= 0])]
         else:
             for batch in read_pixels(self.clip, self.ds, list(rows)):
                 with torch.no_grad(), self._autocast():
                     z = self.clip.below(batch.pixels, self.layer)
                 yield z[:, :self.clip.n_tokens].float()
+
+
+guard(globals())

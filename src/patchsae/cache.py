@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from patchsae.clip import Clip
 from patchsae.config import Profile
 from patchsae.data.adapters import as_images
+from patchsae.data.checks import Device, Layer, Natural, NotNegative, Whole, guard, indices
 from patchsae.data.images import Images, hash_of
 from patchsae.fast import processes
 from patchsae.fast.memory import BatchMemory
@@ -41,7 +42,7 @@ MOST_BYTES, SHARD_BYTES = 10 * 2**30, 2**28
 
 # What it is made of -------------------------------------------------------------------------------------
 
-def made_of(clip: Clip | None, ds: Images | None, layer: int | None) -> dict:
+def made_of(clip: Clip | None, ds: Images | None, layer: Layer | None) -> dict:
     """What decides the tokens, as far as it is given: weights, what happens to pixels, block, images."""
     if clip is None and layer is not None:
         raise ValueError("Blocks are counted in a model; give the model together with the layer.")
@@ -56,14 +57,14 @@ def cache_folder(profile: Profile, clip: Clip, ds: Images) -> Path:
     return profile.run_dir / "activations" / hash_of([FORMAT, decided_by])
 
 
-def cache_bytes(clip: Clip, n_images: int) -> int:
+def cache_bytes(clip: Clip, n_images: Whole) -> int:
     """Size of the tokens ``[N,T,D]`` in half precision."""
     return 2 * n_images * clip.n_tokens * clip.width
 
 
 # Reading ------------------------------------------------------------------------------------------------
 
-def open_cache(folder: Path, clip: Clip | None = None, ds: Images | None = None, layer: int | None = None) -> "Cache":
+def open_cache(folder: Path, clip: Clip | None = None, ds: Images | None = None, layer: Layer | None = None) -> "Cache":
     """Open a finished cache all of whose files are there, whole and of one writing.
 
     ``clip``, ``ds`` and ``layer``: where given, a cache that was made of others is refused.
@@ -122,7 +123,7 @@ class Cache:
     def __getitem__(self, rows) -> torch.Tensor:
         return self._read(rows)
 
-    def batches(self, rows: Iterable, device: str | torch.device = "cpu", threads: int = 2) -> Iterator[torch.Tensor]:
+    def batches(self, rows: Iterable, device: Device = "cpu", threads: Natural = 2) -> Iterator[torch.Tensor]:
         """The tokens of each batch of positions, in order, on a device; threads read ahead."""
         device, rows = torch.device(device), iter(rows)
         with ThreadPoolExecutor(threads) as pool:
@@ -135,10 +136,10 @@ class Cache:
 
     def _read(self, rows, pin: bool = False) -> torch.Tensor:
         """Copies of the images at these positions; ``pin``: in memory from which a GPU fetches while it works."""
-        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self.places):
-            raise IndexError(f"Positions {rows.min()} to {rows.max()} are not all in this data set of "
-                             f"{len(self.places)} images; choose others.")
+        try:
+            rows = indices(rows, len(self.places), f"positions among {len(self.places)} images").reshape(-1)
+        except ValueError as error:
+            raise IndexError(str(error)) from None  # at which a loop over a cache ends
         places = self.places[rows][self.places[rows] >= 0]
         size = len(places), math.prod(self.shape) * self.dtype.itemsize
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pin else self._memory(*size)
@@ -155,8 +156,8 @@ class Cache:
 
 # Writing ------------------------------------------------------------------------------------------------
 
-def write_cache(clip: Clip, ds: Images, layer: int, folder: Path, dtype: torch.dtype = torch.float16,
-                most_bytes: float = MOST_BYTES, batch_images: int = 64) -> Cache:
+def write_cache(clip: Clip, ds, layer: Layer, folder: Path, dtype: torch.dtype = torch.float16,
+                most_bytes: NotNegative = MOST_BYTES, batch_images: Natural = 64) -> Cache:
     """Write the image tokens of a data set to ``folder``, or go on at the first shard that is not complete.
 
     ``most_bytes``: what the cache may take; a larger one is refused before anything is written. Processes of one launch
@@ -200,6 +201,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
 
 
-def gigabytes(n: float) -> str:
+def gigabytes(n: NotNegative) -> str:
     """A number of bytes as people read it."""
     return f"{n / 1e9:.3g} GB"
+
+
+guard(globals())

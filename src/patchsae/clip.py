@@ -5,7 +5,9 @@ else in this package reads or edits ``z``; nothing uses hooks, and nothing below
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,6 +16,19 @@ from PIL import Image
 from transformers import CLIPModel
 
 from patchsae.config import ROOT, resolve
+from patchsae.data.checks import (
+    BatchTokens,
+    Device,
+    Embeddings,
+    Layer,
+    Natural,
+    Pixels,
+    Templates,
+    Texts,
+    Whole,
+    Words,
+    guard,
+)
 from patchsae.data.images import Crop, hash_of, rgb
 from patchsae.weights.clips import read_clip
 from patchsae.weights.files import tensor_hash
@@ -27,6 +42,9 @@ class Clip:
     ``model``: a ``transformers.CLIPModel``; ``tokenizer`` and ``processor`` may be absent, ``below`` and
     ``above`` work without them.
     """
+
+    #: What a tower of another kind must have to stand for one.
+    needs = ("below", "above", "n_tokens", "width")
 
     def __init__(self, model: CLIPModel, tokenizer=None, processor=None):
         self.model, self.tokenizer, self.processor = model.eval().requires_grad_(False), tokenizer, processor
@@ -45,31 +63,26 @@ class Clip:
         """exp of the learned temperature, a scalar."""
         return self.model.logit_scale.exp()
 
-    def block(self, layer: int) -> int:
+    def block(self, layer: Layer) -> int:
         """The 0-based block a layer stands for; negative layers count from the end."""
         n = len(self.blocks)
         if not -n <= layer < n:
             raise ValueError(f"Layer {layer} is not one of the {n} blocks of this model; choose {-n} to {n - 1}.")
         return layer % n
 
-    def below(self, pixels: torch.Tensor, layer: int) -> torch.Tensor:
+    def below(self, pixels: Pixels, layer: Layer) -> torch.Tensor:
         """Residual stream after block ``layer``: ``[B,3,H,W] -> [B,T,D]``, the class token first (sec. 3.1)."""
-        size = self.image_size
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-            raise ValueError(f"Pixels have the shape {list(pixels.shape)}; this model takes [B, 3, {size}, {size}].")
         z = self.embed(pixels.to(self.device))
         for i, block in enumerate(self.blocks[:self.block(layer) + 1]):
             z = block(self.before_block(z, i), None)
         assert z.ndim == 3 and z.shape[1] >= self.n_tokens, "a block returned something else than tokens"
         return z
 
-    def above(self, z: torch.Tensor, layer: int) -> torch.Tensor:
+    def above(self, z: BatchTokens, layer: Layer) -> torch.Tensor:
         """Finish the forward pass: ``[B,T,D] -> [B,P]``, not normalised. ``above(below(x)) == model(x)``.
 
         Only the class token is read at the end, so the last block is computed for its query alone.
         """
-        if z.ndim != 3 or z.shape[-1] != self.width:
-            raise ValueError(f"Tokens have the shape {list(z.shape)}; this model takes [B, T, {self.width}].")
         last = len(self.blocks) - 1
         for i in range(self.block(layer) + 1, last):
             z = self.blocks[i](self.before_block(z, i), None)
@@ -77,25 +90,27 @@ class Clip:
         class_token = z[:, 0] if cut_at_end else _class_token(self.blocks[last], self.before_block(z, last))
         return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
 
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed(self, pixels: Pixels) -> torch.Tensor:
         """What enters the first block: ``[B,3,H,W] -> [B,T,D]``. An adapted tower appends its prompt tokens here."""
         tower = self.model.vision_model
         return tower.pre_layrnorm(tower.embeddings(pixels))
 
-    def before_block(self, z: torch.Tensor, i: int) -> torch.Tensor:
+    def before_block(self, z: BatchTokens, i: Whole) -> torch.Tensor:
         """What block ``i`` reads of ``z [B,T,D]``: all of it. An adapted tower renews its prompt tokens here."""
         return z
 
-    def pixels(self, images) -> torch.Tensor:
+    def pixels(self, images: Image.Image | np.ndarray | torch.Tensor | Sequence) -> torch.Tensor:
         """Preprocess a uint8 image ``[H,W,3]`` (array, tensor or Pillow image) or several to ``[B,3,H,W]``."""
         single = isinstance(images, Image.Image) or getattr(images, "ndim", 0) == 3
         arrays = [rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
                   for image in ([images] if single else images)]
+        if not arrays:
+            raise ValueError("There are no images; give at least one.")
         if wrong := [a for a in arrays if a.dtype != np.uint8 or a.ndim != 3 or a.shape[-1] != 3 or 0 in a.shape]:
             raise ValueError(f"An image is {wrong[0].dtype} of shape {list(wrong[0].shape)}; give uint8 [H, W, 3].")
         return self.normalise(torch.from_numpy(np.stack([self.crop(array) for array in arrays])))
 
-    def normalise(self, crops: torch.Tensor) -> torch.Tensor:
+    def normalise(self, crops: Annotated[torch.Tensor, "uint8 B,H,H,3"]) -> torch.Tensor:
         """Cropped uint8 images ``[B,S,S,3]``, on any device, to pixels ``[B,3,S,S]`` of CLIP's mean and deviation."""
         if self.processor is None:
             raise ValueError("This CLIP has no image processor; load it from a folder with preprocessor_config.json.")
@@ -108,19 +123,19 @@ class Clip:
         return grey_levels(self.processor, self.image_size)
 
     @torch.no_grad()
-    def text_features(self, prompts: list[str], batch: int = 256) -> torch.Tensor:
+    def text_features(self, prompts: Words, batch: Natural = 256) -> torch.Tensor:
         """Unit-length text embeddings: ``list[str] -> [N,P]``."""
         batches = [self.tokenise(prompts[i:i + batch]) for i in range(0, len(prompts), batch)]
         features = [self.model.get_text_features(b["input_ids"], b["attention_mask"]).pooler_output for b in batches]
         return F.normalize(torch.cat(features), dim=-1)
 
-    def tokenise(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def tokenise(self, prompts: Words) -> dict[str, torch.Tensor]:
         """Token ids and attention mask of prompts, each ``[N,L]``."""
         if self.tokenizer is None:
             raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
         return self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
 
-    def logits(self, embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def logits(self, embeddings: Embeddings, text: Texts) -> torch.Tensor:
         """Cosine times temperature: ``[B,P], [N,P] -> [B,N]``."""
         return self.logit_scale * F.normalize(embeddings, dim=-1) @ text.T
 
@@ -148,7 +163,7 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
     return first + block.mlp(block.layer_norm2(first))
 
 
-def load_clip(name_or_path: str | Path | CLIPModel, device: str = "cpu", revision: str | None = None) -> Clip:
+def load_clip(name_or_path: str | Path | CLIPModel, device: Device = "cpu", revision: str | None = None) -> Clip:
     """Load a CLIP from a local folder or file (as given, or else inside the project's folder) or from the hub.
 
     On the hub a revision may follow the name, ``"owner/name@revision"``. A folder without a tokenizer or preprocessor
@@ -178,7 +193,7 @@ def _source(name_or_path: str | Path, revision: str | None) -> Path:
                                 "and the hub does not give it; check the name, and for the hub the network.") from error
 
 
-def class_prototypes(clip: Clip, class_names, templates: list[str], renormalise: bool = True) -> torch.Tensor:
+def class_prototypes(clip: Clip, class_names: Words, templates: Templates, renormalise: bool = True) -> torch.Tensor:
     """Mean of the unit text embeddings of every template, per class: ``[C,P]`` (sec. 4.1).
 
     ``renormalise=False`` keeps the published code's mean as it is; shorter means then weigh less, which can
@@ -189,9 +204,13 @@ def class_prototypes(clip: Clip, class_names, templates: list[str], renormalise:
     return F.normalize(mean, dim=-1) if renormalise else mean
 
 
-def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, groups: torch.Tensor, scale) -> torch.Tensor:
+def contrastive_loss(images: Annotated[torch.Tensor, "B,P"], texts: Annotated[torch.Tensor, "B,P"],
+                     groups: Annotated[torch.Tensor, "int B"], scale: float | torch.Tensor) -> torch.Tensor:
     """CLIP's symmetric loss of ``[B,P]`` unit images and texts; pairs of the same group are positives as well."""
     target = (groups[:, None] == groups[None]).float()
     target = target / target.sum(1, keepdim=True)
     logits = scale * images @ texts.T
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+guard(globals())

@@ -31,9 +31,18 @@ PROFILES = Path(__file__).with_name("profiles")
 USUAL = {"weights": "", "activation": "relu", "shuffle": "images", "precision": "float32"}
 
 
+def as_path(path: str | Path) -> Path:
+    """A path that a file may have."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path) or any(
+            len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ValueError(f"{reprlib.repr(path)} is no path that a file may have; name a file or a folder.")
+    return Path(path)
+
+
 def resolve(path: str | Path) -> Path:
     """Where a path that a user names leads: as given, else under the project folder; in neither place, as given."""
-    return next((place for place in (Path(path), ROOT / path) if place.exists()), Path(path))
+    path = as_path(path)
+    return next((place for place in (path, ROOT / path) if place.exists()), path)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -189,6 +198,8 @@ class MethodSettings:
 
     def epochs_of(self, images: int) -> int:
         """Epochs over so many images; the last, smaller batch of each is dropped."""
+        if type(images) is not int or images < 0:
+            raise ValueError(f"There are {reprlib.repr(images)} images; give a whole number of them, 0 or more.")
         return max(self.epochs, -(-self.least_steps // max(1, images // self.batch_images)))
 
 
@@ -228,10 +239,13 @@ class Profile:
 
     def short(self, path: Path) -> str:
         """A path as it is shown: relative to the project's folder where it is inside."""
+        path = as_path(path)
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
     def expected(self, name: str, otherwise: float) -> float:
         """The bound of a check, or one that always holds."""
+        if not isinstance(name, str):
+            raise ValueError(f"{reprlib.repr(name)} is no name of a bound; give that of a check.")
         return self.bounds.get(name, otherwise)
 
     def with_sae(self, **changes) -> "Profile":
@@ -258,7 +272,7 @@ def load_profile(name_or_path: str | Path | None = None) -> Profile:
 
     By default the one that the environment variable ``PROFILE`` gives, or mini. A file gives its profile its name.
     """
-    name, folders = str(name_or_path or os.environ.get("PROFILE") or "mini"), (ROOT / "profiles", PROFILES)
+    name, folders = str(as_path(name_or_path or os.environ.get("PROFILE") or "mini")), (ROOT / "profiles", PROFILES)
     places = [Path(name), ROOT / name] if name.endswith(".toml") else [f / f"{name}.toml" for f in folders]
     path = next((place for place in places if place.is_file()), None)
     if path is None:

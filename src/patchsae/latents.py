@@ -1,9 +1,9 @@
 """Statistics of every latent in one pass (sec. 3.2, eq. 3-5): frequency, strength, reference images, classes."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ import torch
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
+from patchsae.data.checks import Layer, Natural, NotNegative, Whole, guard
 from patchsae.data.images import Images
 from patchsae.fast import onednn, processes
 from patchsae.fast.encoder import Encoder
@@ -23,6 +24,7 @@ from patchsae.weights.files import load_json, load_tensors, result_key, save_jso
 MIN_REFERENCE = 10
 #: What is counted of an image.
 TOKENS = ("all", "cls", "all and prompts")
+PerLatent = Annotated[torch.Tensor, "S"]
 #: Raised whenever what is computed here changes: statistics that were kept before are then computed anew.
 VERSION = 1
 
@@ -45,21 +47,24 @@ class LatentStatistics:
     of the autoencoder.
     """
 
-    frequency: torch.Tensor
-    mean_activation: torch.Tensor
-    label_entropy: torch.Tensor
-    label_std: torch.Tensor
+    #: What statistics of another kind must have to rank latents by.
+    needs = ("class_counts",)
+
+    frequency: PerLatent
+    mean_activation: PerLatent
+    label_entropy: PerLatent
+    label_std: PerLatent
     reference_ids: np.ndarray
-    reference_rows: torch.Tensor
-    reference_labels: torch.Tensor
-    reference_values: torch.Tensor
-    class_counts: torch.Tensor
-    n_images: int
-    tau: float
-    block: int
+    reference_rows: Annotated[torch.Tensor, "int S,k"]
+    reference_labels: Annotated[torch.Tensor, "int S,k"]
+    reference_values: Annotated[torch.Tensor, "S,k"]
+    class_counts: Annotated[torch.Tensor, "int C,S"]
+    n_images: Whole
+    tau: NotNegative
+    block: Whole
     class_names: tuple[str, ...]
     sae_hash: str
-    n_unreadable: int = 0
+    n_unreadable: Whole = 0
 
     def table(self) -> pd.DataFrame:
         """One row a latent: latent, frequency, mean_activation, label_entropy, label_std."""
@@ -94,8 +99,9 @@ class LatentStatistics:
                          "again.")
 
 
-def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: float = 0.2, n_reference: int = 10,
-                    batch_images: int = 64, tokens: str = "all", title: str = "") -> LatentStatistics:
+def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: Layer, tau: NotNegative = 0.2,
+                    n_reference: Natural = 10, batch_images: Natural = 64, tokens: Literal[*TOKENS] = "all",
+                    title: str = "") -> LatentStatistics:
     """Statistics, reference images and class counts in one pass over ``ds``: an ``Images``, a torch data set of
     (image, label), or a ``DataLoader`` of one.
 
@@ -103,7 +109,6 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
     tower's prompt tokens as if they were patches, as the published code does. Processes that were launched together
     share the batches, and each of them returns the statistics of the whole.
     """
-    _check(tau, n_reference, tokens)
     ds = as_images(ds)
     mine, encoder = Share(ds, batch_images), Encoder(sae)
     running, ids, labels, rows = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device), [], [], []
@@ -124,18 +129,9 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: int, tau: flo
                           n_unreadable=len(ds.unreadable))
 
 
-def _check(tau: float, n_reference: int, tokens: str) -> None:
-    """Refuse what no statistics can be taken with."""
-    if not math.isfinite(tau) or tau < 0:
-        raise ValueError(f"tau is {tau!r}; a latent is active above a finite number, 0 or more.")
-    if not isinstance(n_reference, int) or n_reference < 1:
-        raise ValueError(f"n_reference is {n_reference!r}; keep a whole number of reference images, 1 or more.")
-    if tokens not in TOKENS:
-        raise ValueError(f"There are no tokens {tokens!r}; choose one of {', '.join(TOKENS)}.")
-
-
-def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, layer: int, tau: float = 0.2,
-                  n_reference: int = 10, batch_images: int = 64, tokens: str = "all") -> LatentStatistics:
+def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, layer: Layer, tau: NotNegative = 0.2,
+                  n_reference: Natural = 10, batch_images: Natural = 64,
+                  tokens: Literal[*TOKENS] = "all") -> LatentStatistics:
     """``collect_latents``, kept in ``folder`` under a key of all that decides it.
 
     Of processes that were launched together the first one writes, and all of them read what it wrote.
@@ -220,11 +216,14 @@ class _Running:
             n_images=self.n_images, tau=self.tau, **known)
 
 
-def label_entropy(labels: torch.Tensor, values: torch.Tensor, n_classes: int) -> torch.Tensor:
+def label_entropy(labels: Annotated[torch.Tensor, "int S,k"], values: Annotated[torch.Tensor, "S,k"],
+                  n_classes: Natural) -> torch.Tensor:
     """Entropy of the labels of reference images, weighted by activation (sec. 3.2): ``[S,k], [S,k] -> [S]``, nats.
 
     p_c is the activation of class c over all; 0 means one class. Labels of -1 count for nothing.
     """
+    if labels.max() >= n_classes:
+        raise ValueError(f"There is a label {int(labels.max())} among {n_classes} classes; give all of them.")
     if n_classes > labels.shape[1]:
         # Of many classes each latent has at most k: a label becomes the place where it comes up first in its row.
         first = (labels.unsqueeze(2) == labels.unsqueeze(1)).byte().argmax(2)
@@ -241,3 +240,6 @@ def _masked_std(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     n = mask.sum(1, keepdim=True)
     mean = torch.where(mask, x, 0.0).sum(1, keepdim=True) / n
     return (torch.where(mask, x - mean, 0.0).square().sum(1) / n[:, 0]).sqrt()
+
+
+guard(globals())

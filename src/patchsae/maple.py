@@ -5,14 +5,16 @@ place of the first words ("a photo" of "a photo of a cat."), in the image tower 
 functions of the text prompts. Without the image side and with one block this is CoOp.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from patchsae.clip import Clip
+from patchsae.data.checks import BatchTokens, Natural, Pixels, Seed, Template, TokenIds, Whole, Words, guard
 from patchsae.weights.files import save_json, save_tensors, tensor_hash
 
 #: What every class is called, whatever the data set; learned tokens replace its first words.
@@ -29,7 +31,7 @@ class Prompts(nn.Module):
     same blocks from them. ``vision_width=None``: text prompts only.
     """
 
-    def __init__(self, n: int, depth: int, text_width: int, vision_width: int | None):
+    def __init__(self, n: Natural, depth: Natural, text_width: Natural, vision_width: Natural | None):
         super().__init__()
         self.n, self.depth, self.vision = n, depth, vision_width is not None
         self.ctx = nn.Parameter(torch.empty(n, text_width))
@@ -40,9 +42,11 @@ class Prompts(nn.Module):
                 nn.Linear(text_width, vision_width) for _ in range(depth - 1))
 
     @torch.no_grad()
-    def initialise(self, first_words: torch.Tensor, seed: int) -> "Prompts":
+    def initialise(self, first_words: Annotated[torch.Tensor, "n,W"], seed: Seed) -> "Prompts":
         """Start as published: ``ctx`` from the embeddings ``[n,D_text]`` of the first words, deep prompts normal
         with deviation 0.02, projections uniform and all of one depth alike."""
+        if first_words.shape != self.ctx.shape:
+            raise ValueError(f"The first words have the shape {list(first_words.shape)}; give {list(self.ctx.shape)}.")
         generator = torch.Generator().manual_seed(seed)
         self.ctx.copy_(first_words)
         for prompt in self.compound_prompts_text:
@@ -57,13 +61,13 @@ class Prompts(nn.Module):
                         parameter.copy_(value)
         return self
 
-    def text(self, block: int) -> torch.Tensor | None:
+    def text(self, block: Whole) -> torch.Tensor | None:
         """Tokens that enter a block of the text tower: ``[n,D_text]``; None where earlier ones are carried on."""
         if block >= self.depth:
             return None
         return self.ctx if block == 0 else self.compound_prompts_text[block - 1]
 
-    def image(self, block: int) -> torch.Tensor | None:
+    def image(self, block: Whole) -> torch.Tensor | None:
         """Tokens that enter a block of the image tower: ``[n,D_vision]``, or None."""
         if not self.vision or block >= self.depth:
             return None
@@ -79,7 +83,7 @@ class MaPLe(Clip):
     ``template``: how other classes are called, by default as published.
     """
 
-    def __init__(self, clip: Clip, prompts: Prompts | None, token_ids: torch.Tensor, template: str | None = None):
+    def __init__(self, clip: Clip, prompts: Prompts | None, token_ids: TokenIds, template: Template | None = None):
         super().__init__(clip.model, clip.tokenizer, clip.processor)
         blocks = min(len(self.blocks), len(self.model.text_model.encoder.layers))
         if prompts is not None and not 1 <= prompts.depth <= blocks:
@@ -91,13 +95,13 @@ class MaPLe(Clip):
 
     # Image side -----------------------------------------------------------------------------------------
 
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def embed(self, pixels: Pixels) -> torch.Tensor:
         """``[B,3,H,W] -> [B,T+n,D]``: prompts get no position, but pass the first LayerNorm with the patches."""
         tower = self.model.vision_model
         z = tower.embeddings(pixels)
         return tower.pre_layrnorm(torch.cat([z, self._image_prompts(z, 0)], 1))
 
-    def before_block(self, z: torch.Tensor, i: int) -> torch.Tensor:
+    def before_block(self, z: BatchTokens, i: Whole) -> torch.Tensor:
         """Put the block's own prompts in the place of those the block before has made."""
         if i == 0 or self.prompts is None or self.prompts.image(i) is None:
             return z
@@ -110,13 +114,13 @@ class MaPLe(Clip):
 
     # Text side ------------------------------------------------------------------------------------------
 
-    def text_features(self, prompts: list[str] | None = None, batch: int = 256) -> torch.Tensor:
+    def text_features(self, prompts: Words | None = None, batch: Natural = 256) -> torch.Tensor:
         """Unit-length text embeddings of the classes ``[C,P]``, or of other prompts of the same form ``[N,P]``."""
         ids = self.token_ids if prompts is None else self.tokenise(prompts)["input_ids"]
         with torch.no_grad():
             return torch.cat([self.text(some) for some in ids.split(batch)])
 
-    def text(self, ids: torch.Tensor) -> torch.Tensor:
+    def text(self, ids: TokenIds) -> torch.Tensor:
         """Unit-length embeddings of tokenised prompts ``[N,L] -> [N,P]``, with gradients.
 
         Attention is causal, so what follows the last end token changes nothing and is cut off.
@@ -157,7 +161,7 @@ class MaPLe(Clip):
         """The same towers with the prompts switched off: the plain CLIP, by the same code."""
         return MaPLe(self, None, self.token_ids)
 
-    def for_classes(self, class_names: Sequence[str]) -> "MaPLe":
+    def for_classes(self, class_names: Words) -> "MaPLe":
         """The same prompts with the names of other classes."""
         return MaPLe(self, self.prompts, class_tokens(self, class_names, self.template), self.template)
 
@@ -169,7 +173,7 @@ class MaPLe(Clip):
         save_tensors(Path(folder) / "prompts.safetensors", p.state_dict())
 
     @classmethod
-    def load(cls, folder: Path, clip: Clip, class_names: Sequence[str]) -> "MaPLe":
+    def load(cls, folder: Path, clip: Clip, class_names: Words) -> "MaPLe":
         """Read what ``save`` wrote and put it on a CLIP of the same widths."""
         from patchsae.weights.maple import read_prompts  # which makes objects of these classes
 
@@ -177,9 +181,10 @@ class MaPLe(Clip):
         return cls(clip, prompts, class_tokens(clip, class_names, template), template)
 
     @classmethod
-    def from_official(cls, checkpoint: str | Path | dict, token_embedding=None, token_ids: torch.Tensor | None = None,
-                      class_names: Sequence[str] | None = None, clip: Clip | None = None,
-                      depth: int | None = None) -> "MaPLe":
+    def from_official(cls, checkpoint: str | Path | dict,
+                      token_embedding: torch.Tensor | np.ndarray | nn.Module | None = None,
+                      token_ids: TokenIds | None = None, class_names: Words | None = None, clip: Clip | None = None,
+                      depth: Natural | None = None) -> "MaPLe":
         """Read a checkpoint of the published code (``MultiModalPromptLearner/model.pth.tar-N``, or its state dict).
 
         It holds a whole CLIP in half precision but for the token embedding ``[V,D_text]``, which has to be given.
@@ -192,24 +197,27 @@ class MaPLe(Clip):
         return read_official(checkpoint, token_embedding, token_ids, class_names, clip, depth)
 
 
-def template_of(n: int) -> str:
+def template_of(n: Whole) -> str:
     """How classes are called, as published: placeholders where more tokens are learned than the template has words."""
     return TEMPLATE if n <= WORDS else "X " * n + "{}."
 
 
-def class_tokens(clip: Clip, class_names: Sequence[str], template: str = TEMPLATE) -> torch.Tensor:
+def class_tokens(clip: Clip, class_names: Words, template: Template = TEMPLATE) -> torch.Tensor:
     """Token ids of the prompts of classes: ``[C,L]``."""
     return clip.tokenise([template.format(name.replace("_", " ")) for name in class_names])["input_ids"]
 
 
-def new_maple(clip: Clip, class_names: Sequence[str], n: int, depth: int, vision: bool, seed: int) -> MaPLe:
+def new_maple(clip: Clip, class_names: Words, n: Natural, depth: Natural, vision: bool, seed: Seed) -> MaPLe:
     """Untrained prompts on a CLIP: where training starts, and a control for what it does."""
     ids = class_tokens(clip, class_names, template_of(n))
     first_words = clip.model.text_model.embeddings.token_embedding(ids[0, 1:1 + n])
     return MaPLe(clip, empty_prompts(clip, n, depth, vision).initialise(first_words, seed), ids)
 
 
-def empty_prompts(clip: Clip, n: int, depth: int, vision: bool) -> Prompts:
+def empty_prompts(clip: Clip, n: Natural, depth: Natural, vision: bool) -> Prompts:
     """Prompts of the widths of a CLIP, not yet filled."""
     text_width = clip.model.config.text_config.hidden_size
     return Prompts(n, depth, text_width, clip.width if vision else None)
+
+
+guard(globals())

@@ -5,12 +5,28 @@ What is here is the paper's own: relu and an L1 penalty. Other activations chang
 
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from patchsae.data.checks import (
+    Chosen,
+    Device,
+    Floats,
+    Indices,
+    Latents,
+    Natural,
+    NotNegative,
+    OfLatents,
+    Some,
+    SomeOf,
+    Tokens,
+    Whole,
+    guard,
+    indices,
+)
 from patchsae.weights.formats import OWN_FORMAT, read_sae, sae_hash, write_folder
 from patchsae.weights.hub import autoencoder_folder
 
@@ -41,13 +57,13 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
         if cls is SparseAutoencoder and activation != "relu":
             from patchsae.variants import KINDS  # which are made of this class
 
-            if activation not in KINDS:
+            if not isinstance(activation, str) or activation not in KINDS:
                 raise ValueError(f"There is no activation {activation!r}; choose one of {', '.join(KINDS)}.")
             cls = KINDS[activation]
         return super().__new__(cls, *arguments, **named)
 
-    def __init__(self, d_model: int, n_latents: int, generator: torch.Generator | None = None,
-                 activation: str = "relu", k: int = 0):
+    def __init__(self, d_model: Natural, n_latents: Natural, generator: torch.Generator | None = None,
+                 activation: str = "relu", k: Whole = 0):
         super().__init__()
         self.d_model, self.n_latents = d_model, n_latents
         self.W_enc = nn.Parameter(_kaiming(d_model, n_latents, generator))
@@ -59,62 +75,60 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
 
     # Equation 1 -----------------------------------------------------------------------------------------
 
-    def encode(self, z: torch.Tensor) -> torch.Tensor:
+    def encode(self, z: Tokens) -> torch.Tensor:
         """Tokens to latents: ``[...,D] -> [...,S]``."""
         return self.activate(self.pre_activations(z))
 
-    def decode(self, h: torch.Tensor) -> torch.Tensor:
+    def decode(self, h: Latents) -> torch.Tensor:
         """Latents to tokens: ``[...,S] -> [...,D]``."""
         return h @ self.W_dec + self.b_dec
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tokens) -> torch.Tensor:
         """Reconstruct tokens: ``[...,D] -> [...,D]``."""
         return self.decode(self.encode(z))
 
-    def pre_activations(self, z: torch.Tensor) -> torch.Tensor:
+    def pre_activations(self, z: Tokens) -> torch.Tensor:
         """What the activation is applied to: ``[...,D] -> [...,S]``."""
-        if z.shape[-1] != self.d_model:
-            raise ValueError(f"Tokens have width {z.shape[-1]}, but this autoencoder was made for {self.d_model}; "
-                             "use one trained on this model.")
         return (z - self.b_dec) @ self.W_enc + self.b_enc
 
-    def encode_some(self, z: torch.Tensor, latents) -> torch.Tensor:
+    def encode_some(self, z: Tokens, latents: Indices) -> torch.Tensor:
         """Some of the latents alone, an index or several: ``[...,D] -> [...]`` or ``[...,n]``."""
+        latents = torch.from_numpy(indices(latents, self.n_latents, "latents"))
         return self.activate((z - self.b_dec) @ self.W_enc[:, latents] + self.b_enc[latents], latents)
 
     # What another activation changes --------------------------------------------------------------------
 
-    def prepare(self, k: int) -> None:
+    def prepare(self, k: Whole) -> None:
         """Make what the activation has of its own, thresholds for instance; relu has nothing."""
 
-    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
         """Pre-activations to latents, each token by itself: ``[...,n] -> [...,n]`` of these latents."""
         return torch.relu(pre)
 
-    def activate_in_training(self, pre: torch.Tensor) -> torch.Tensor:
+    def activate_in_training(self, pre: Latents) -> torch.Tensor:
         """The same as the loss has it: ``[...,S] -> [...,S]``."""
         return self.activate(pre)
 
-    def error(self, z: torch.Tensor, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    def error(self, z: Tokens, h: Latents, m: Tokens) -> torch.Tensor:
         """The reconstruction term of the loss, a scalar, from its elements ``m [...,D]``."""
         return m.mean()
 
-    def sparsity(self, pre: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def sparsity(self, pre: Latents, h: Latents) -> torch.Tensor:
         """What lambda weighs, a scalar: the mean over tokens of ||h||_1."""
         return self.l1_counts * h.sum(-1).mean()
 
-    def revive(self, z, z_hat, m, pre: torch.Tensor, latents: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
         """What wakes dead latents, a scalar; ``dead``: bool ``[K]``, which of the K ``latents`` are. Here the published
         ghost gradients."""
         return ghost_loss(z, z_hat, m, pre[..., latents], self.W_dec[latents], dead)
 
-    def after_step(self, h: torch.Tensor) -> None:
+    def after_step(self, h: Latents) -> None:
         """Remember what a training step with latents ``[...,S]`` tells."""
 
     # Training -------------------------------------------------------------------------------------------
 
-    def losses(self, z: torch.Tensor, l1: float, dead: torch.Tensor | None = None,
-               candidates: torch.Tensor | None = None) -> "Losses":
+    def losses(self, z: Tokens, l1: NotNegative, dead: OfLatents | None = None,
+               candidates: SomeOf | None = None) -> "Losses":
         """``sae_loss`` as a method, before which weights that are sharded over devices are put together."""
         return sae_loss(self, z, l1, dead, candidates)
 
@@ -145,7 +159,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
             self.generate_model_card().save(Path(folder) / "README.md")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "cpu", revision: str | None = None) -> "SparseAutoencoder":
+    def from_pretrained(cls, path: str | Path, device: Device = "cpu",
+                        revision: str | None = None) -> "SparseAutoencoder":
         """Read an autoencoder in our own or another's format (see ``weights.formats``): a local path or a name on the
         hub.
 
@@ -179,8 +194,8 @@ class Losses(NamedTuple):
     h: torch.Tensor
 
 
-def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: torch.Tensor | None = None,
-             candidates: torch.Tensor | None = None) -> Losses:
+def sae_loss(sae: SparseAutoencoder, z: Tokens, l1: NotNegative = 8e-5, dead: OfLatents | None = None,
+             candidates: SomeOf | None = None) -> Losses:
     """The training loss (eq. 2), as it is coded by the authors.
 
         mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
@@ -204,12 +219,13 @@ def sae_loss(sae: SparseAutoencoder, z: torch.Tensor, l1: float = 8e-5, dead: to
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
 
 
-def reconstruction_error(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
+def reconstruction_error(z: Tokens, z_hat: Tokens) -> torch.Tensor:
     """m = (z_hat - z)^2 / ||z||_2 elementwise, with the norm of the token: ``[...,D]`` (eq. 2, as coded)."""
     return (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
 
 
-def ghost_loss(z, z_hat, m, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+def ghost_loss(z: Tokens, z_hat: Tokens, m: Tokens, pre: Some, rows: Annotated[torch.Tensor, "K,D"],
+               dead: Chosen) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
@@ -233,3 +249,6 @@ def _of_the_dead(pre: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     as much; that keeps exp finite and changes nothing, since g is rescaled."""
     pre = pre.masked_fill(~dead, -torch.inf)
     return pre - (pre.detach().amax(-1, keepdim=True) - GHOST_EXPONENT).clamp_min(0)
+
+
+guard(globals())

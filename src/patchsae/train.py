@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from patchsae.activations import TrainingTokens, training_rows
 from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
+from patchsae.data.checks import Natural, NotNegative, Rate, Tokens, Whole, guard
 from patchsae.data.images import Images
 from patchsae.fast import processes
 from patchsae.fast.medians import initial_b_dec
@@ -73,8 +74,8 @@ class Training:
     times as many as were seen; 0 while steps are dense.
     """
 
-    def __init__(self, sae: SparseAutoencoder, lr: float = 4e-4, l1: float = 8e-5, warmup: int = 500,
-                 dead_after: int = 64, ghost: bool = True, precision: str = "float32"):
+    def __init__(self, sae: SparseAutoencoder, lr: Rate = 4e-4, l1: NotNegative = 8e-5, warmup: Whole = 500,
+                 dead_after: Whole = 64, ghost: bool = True, precision: Literal["float32", "bf16"] = "float32"):
         self.sae, self.lr, self.l1, self.warmup, self.room = sae, lr, l1, warmup, ROOM
         self.dead_after, self.ghost, self.bf16, self.steps_done = dead_after, ghost, precision == "bf16", 0
         sharded, device = processes.shard(sae, "losses"), sae.W_enc.device
@@ -97,7 +98,7 @@ class Training:
         """Whether the last step ended with a look."""
         return self.steps_done % self.look_every == 0
 
-    def step(self, z: torch.Tensor) -> Step:
+    def step(self, z: Tokens) -> Step:
         """One step on tokens ``[...,D]``; with several processes, each on tokens of its own."""
         self.sae.normalise_decoder()
         losses, z_hat, n_active, fired = (self._sparse if self.capacity else self._dense)(z)
@@ -142,7 +143,7 @@ class Training:
         self.candidates = (self.quiet > self.dead_after + 1 - self.look_every).nonzero()[:, 0]
         self.most = torch.zeros_like(self.most)
 
-    def make_room(self, times: int) -> None:
+    def make_room(self, times: Natural) -> None:
         """Have so many times the room for active latents, from the next step on."""
         self.room, self.capacity = times * self.room, times * self.capacity
 
@@ -209,8 +210,8 @@ def _explained(z: torch.Tensor, z_hat: torch.Tensor) -> torch.Tensor:
     return 1 - (z_hat - z).square().sum() / (z - z.mean(0)).square().sum()
 
 
-def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: float = 4e-4, l1: float = 8e-5,
-                warmup: int = 500, dead_after: int = 64, ghost: bool = True) -> torch.Tensor:
+def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: Rate = 4e-4, l1: NotNegative = 8e-5,
+                warmup: Whole = 500, dead_after: Whole = 64, ghost: bool = True) -> torch.Tensor:
     """Train in place on an iterable of tokens ``[...,D]``; returns ``[steps,4]`` = mse, l1, ghost, total."""
     training = Training(sae, lr, l1, warmup, dead_after, ghost)
     history = [torch.stack(training.step(z)[:4]).detach() for z in batches]
@@ -353,3 +354,6 @@ def _read_log(path: Path, steps_done: int) -> list[tuple]:
 def _log_row(number: int, step: Step) -> tuple:
     """The number of a step and what it gave."""
     return (number, *(round(value, 7) for value in torch.stack(step).tolist()))
+
+
+guard(globals())

@@ -12,9 +12,24 @@ What is kept is cut at 0 in every one, so that latents are never negative. Each 
 what is different about it.
 """
 
+from typing import Annotated
+
 import torch
 from torch import nn
 
+from patchsae.data.checks import (
+    Chosen,
+    Floats,
+    Indices,
+    Latents,
+    Natural,
+    Some,
+    SomeOf,
+    Tokens,
+    Whole,
+    guard,
+    indices,
+)
 from patchsae.sae import SparseAutoencoder, ghost_loss, reconstruction_error
 from patchsae.weights.formats import checked_k
 
@@ -33,14 +48,15 @@ class TopK(SparseAutoencoder):
 
     activation, l1_counts = "topk", 0.0
 
-    def prepare(self, k: int) -> None:
+    def prepare(self, k: Whole) -> None:
         self.k = checked_k(self.activation, k, self.n_latents)
 
-    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: Latents, latents=slice(None)) -> torch.Tensor:
         return top_k(pre, self.k)
 
-    def encode_some(self, z: torch.Tensor, latents) -> torch.Tensor:
-        return self.encode(z)[..., latents]  # whether a latent is among the k largest depends on all of them
+    def encode_some(self, z: Tokens, latents: Indices) -> torch.Tensor:
+        # Whether a latent is among the k largest depends on all of them.
+        return self.encode(z)[..., indices(latents, self.n_latents, "latents")]
 
 
 class BatchTopK(SparseAutoencoder):
@@ -52,21 +68,21 @@ class BatchTopK(SparseAutoencoder):
 
     activation, l1_counts, steps_sparsely = "batchtopk", 0.0, False
 
-    def prepare(self, k: int) -> None:
+    def prepare(self, k: Whole) -> None:
         self.k = checked_k(self.activation, k, self.n_latents)
         self.register_buffer("threshold", torch.zeros(()))
 
-    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
         return _Jump.apply(pre, self.threshold)
 
-    def activate_in_training(self, pre: torch.Tensor) -> torch.Tensor:
+    def activate_in_training(self, pre: Latents) -> torch.Tensor:
         return batch_top_k(pre, self.k)
 
-    def revive(self, z, z_hat, m, pre, latents, dead) -> torch.Tensor:
+    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
         return auxiliary_loss(z, z_hat, pre[..., latents], self.W_dec[latents], dead, self.k)
 
     @torch.no_grad()
-    def after_step(self, h: torch.Tensor) -> None:
+    def after_step(self, h: Latents) -> None:
         """The running mean of the smallest latent kept; 0 before the first step."""
         least = torch.where(h > 0, h, torch.inf).amin()
         moved = torch.where(self.threshold > 0, MEMORY * self.threshold + (1 - MEMORY) * least, least)
@@ -78,7 +94,7 @@ class Matryoshka(BatchTopK):
 
     activation = "matryoshka"
 
-    def error(self, z: torch.Tensor, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    def error(self, z: Tokens, h: Latents, m: Tokens) -> torch.Tensor:
         lengths = prefixes(self.n_latents)
         shorter = (reconstruction_error(z, h[..., :n] @ self.W_dec[:n] + self.b_dec).mean() for n in lengths[:-1])
         return (m.mean() + sum(shorter)) / len(lengths)
@@ -93,16 +109,20 @@ class JumpReLU(SparseAutoencoder):
 
     activation, steps_sparsely = "jumprelu", False
 
-    def prepare(self, k: int) -> None:
+    def prepare(self, k: Whole) -> None:
         self.log_threshold = nn.Parameter(torch.full((self.n_latents,), FIRST_THRESHOLD).log())
 
-    def activate(self, pre: torch.Tensor, latents=slice(None)) -> torch.Tensor:
-        return _Jump.apply(pre, self.log_threshold[latents].exp())
+    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
+        thresholds = self.log_threshold[latents].exp()
+        if thresholds.ndim and pre.shape[-1] != len(thresholds):
+            raise ValueError(f"There are {pre.shape[-1]} pre-activations of {len(thresholds)} latents; name "
+                             "those that they are of.")
+        return _Jump.apply(pre, thresholds)
 
-    def sparsity(self, pre: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    def sparsity(self, pre: Latents, h: Latents) -> torch.Tensor:
         return _Step.apply(pre, self.log_threshold.exp()).sum(-1).mean()
 
-    def revive(self, z, z_hat, m, pre, latents, dead) -> torch.Tensor:
+    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
         above = pre[..., latents] - self.log_threshold[latents].exp()
         return ghost_loss(z, z_hat, m, above, self.W_dec[latents], dead)
 
@@ -110,7 +130,8 @@ class JumpReLU(SparseAutoencoder):
 KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
-def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.Tensor, k: int) -> torch.Tensor:
+def auxiliary_loss(z: Tokens, z_hat: Tokens, pre: Some, rows: Annotated[torch.Tensor, "K,D"], dead: Chosen,
+                   k: Natural) -> torch.Tensor:
     """Dead latents reconstruct the residual, the k strongest of each token (after Gao et al. 2024, A.2).
 
         r = sg(z - z_hat);   mean of (top_k(pre[dead]) W_dec[dead] - r)^2 / ||z||_2, over 32
@@ -121,7 +142,7 @@ def auxiliary_loss(z, z_hat, pre: torch.Tensor, rows: torch.Tensor, dead: torch.
     return AUXILIARY * reconstruction_error(z, h @ rows + z_hat.detach()).mean() * dead.any()
 
 
-def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
+def top_k(pre: Latents, k: Natural) -> torch.Tensor:
     """The k largest of the last dimension cut at 0, the others 0; of equal ones the lowest index first: ``[...,S]``."""
     h = torch.relu(pre)
     least = h.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -135,12 +156,12 @@ def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
     return h * kept
 
 
-def batch_top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
+def batch_top_k(pre: Latents, k: Natural) -> torch.Tensor:
     """The k N largest of all N tokens, cut at 0: ``[...,S] -> [...,S]``. Ties as in ``top_k``, earlier tokens first."""
     return top_k(pre.flatten(), k * (pre.numel() // pre.shape[-1])).view_as(pre)
 
 
-def prefixes(n_latents: int) -> list[int]:
+def prefixes(n_latents: Natural) -> list[int]:
     """Lengths of the nested prefixes of matryoshka, ascending and different, the last being all latents."""
     return sorted({max(1, round(n_latents / divisor)) for divisor in PREFIXES})
 
@@ -186,3 +207,6 @@ class _Step(torch.autograd.Function):
     def backward(ctx, gradient):
         pre, threshold = ctx.saved_tensors
         return None, (-_kernel(pre, threshold) * gradient).sum_to_size(threshold.shape)
+
+
+guard(globals())

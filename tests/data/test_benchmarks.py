@@ -195,7 +195,7 @@ def test_hub_table(tmp_path, small, monkeypatch):
     assert fingerprint(["id", None, "test", "4f2a"]) == fingerprint(["id", None, "test", "4f2a"], turned)
     assert len({fingerprint(["id", None, "test", "4f2a"]), fingerprint(["id", None, "test", "77b1"]),
                 fingerprint(["id", None, "train", "4f2a"]), fingerprint(),
-                fingerprint(["id", None, "test", "4f2a"], labels=1 - ds.labels)}) == 5
+                fingerprint(["id", None, "test", "4f2a"], labels=9 - ds.labels)}) == 5
     monkeypatch.setitem(TABLE, "cifar100", row | {"counts": {"train": 20, "test": 19}})
     for split, error in (("test", ValueError), ("train", FileNotFoundError)):
         with refused(kind=error):

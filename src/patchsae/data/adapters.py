@@ -6,6 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data import Subset as TorchSubset
 
+from patchsae.data.checks import guard
 from patchsae.data.datasets import ArrayDataset, Subset
 from patchsae.data.images import Images, Item, content_id, rgb
 
@@ -60,3 +61,6 @@ def as_images(source) -> Images:
         return TorchImages(source)
     raise ValueError(f"A {type(source).__name__} is no data set of images; give an ArrayDataset(pixels, labels), a "
                      "torch data set of (image, label), a DataLoader of one, or (pixels, labels).")
+
+
+guard(globals())

@@ -36,7 +36,7 @@ def open_benchmark(root: Path, task: str, split: str, n: int | None = None,
     read = _from_list if row["layout"] in ("coop", "aircraft") else _from_folders
     files, names = read(row, Path(root) / row["folder"], split)
     _check_count(task, split, len(files))
-    return FileDataset(Path(root), in_turn(files, n), names, size, dict.fromkeys(label for _, label in files))
+    return FileDataset(Path(root), in_turn(files, n), names, size, list(dict.fromkeys(label for _, label in files)))
 
 
 def missing(root: Path, task: str) -> list[Path]:

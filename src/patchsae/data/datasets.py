@@ -4,17 +4,23 @@ import functools
 import json
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
+from pydantic import Field
 
 from patchsae.config import Profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, on_this_machine, open_benchmark
+from patchsae.data.checks import Natural, guard, indices
 from patchsae.data.hashes import file_hashes
 from patchsae.data.images import FileDataset, Images, Item, content_id, images_in, in_turn
 
 #: What folders of the splits are called, in any case; the first that is there is read.
 SPLITS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+Split = Literal["train", "test"]
 TEMPLATES = json.loads(Path(__file__).with_name("prompt_templates.json").read_text())
 
 
@@ -25,8 +31,11 @@ class ArrayDataset(Images):
     integers; ``ids``: ``[N]``, by default a hash of each image; ``class_names``: by default the label numbers.
     """
 
-    def __init__(self, pixels, labels, ids=None, class_names=None):
+    def __init__(self, pixels: np.ndarray | torch.Tensor | Sequence, labels, ids: Iterable | None = None,
+                 class_names: Sequence[str] | None = None):
         labels = np.asarray(labels)
+        if len(pixels) and not hasattr(pixels[0], "dtype"):
+            raise ValueError(f"An image is a {type(pixels[0]).__name__}; give arrays or tensors.")
         if labels.ndim != 1 or len(labels) and labels.dtype.kind not in "iu":
             raise ValueError(f"Labels are {labels.dtype} of shape {list(labels.shape)}; give one integer per image.")
         if len(pixels) != len(labels) or (ids is not None and len(ids) != len(labels)):
@@ -35,9 +44,6 @@ class ArrayDataset(Images):
         count = int(labels.max()) + 1 if len(labels) else 0
         super().__init__(labels, class_names or map(str, range(count)))
         self.pixels, self._ids = pixels, None if ids is None else list(ids)
-        if len(labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
-            raise ValueError(f"Labels must lie in [0, {len(self.class_names)}), one per class name; "
-                             f"found {self.labels.min()} to {self.labels.max()}.")
 
     def __getitem__(self, i: int) -> Item:
         image = self.pixels[i]
@@ -52,7 +58,7 @@ class ArrayDataset(Images):
 class FolderDataset(FileDataset):
     """Images in one folder per class: ``<root>/<class name>/<image>``, at most ``n`` of them, classes in turn."""
 
-    def __init__(self, root: Path, n: int | None = None, size: int | None = None):
+    def __init__(self, root: Path, n: Natural | None = None, size: Natural | None = None):
         files, names = class_files(Path(root))
         super().__init__(root, in_turn(files, n), names, size)
 
@@ -82,7 +88,8 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {split: places[0] for split, places in known.items() if places}
 
 
-def split_files(root: Path, split: str, test_share: float) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+def split_files(root: Path, split: Split,
+                test_share: Annotated[float, Field(gt=0, lt=1)]) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """Images of a split with their labels, and the class names.
 
     They lie in ``<root>/train/<class>/`` and ``<root>/test/<class>/``, where the classes must be the same, or in
@@ -115,10 +122,12 @@ class Subset(Images):
     ``rows``: positions in ``ds`` to choose from, by default all. Content ids stay those of ``ds``.
     """
 
-    def __init__(self, ds, classes, rows=None):
+    def __init__(self, ds: Images, classes: Iterable[int], rows=None):
+        classes = indices(classes, len(ds.class_names), "classes").tolist()
+        rows = np.atleast_1d(indices(slice(None) if rows is None else rows, len(ds), "positions"))
         new = {c: i for i, c in enumerate(classes)}
         self.ds, self.from_files = ds, ds.from_files
-        self.rows = np.array([r for r in (range(len(ds)) if rows is None else rows) if int(ds.labels[r]) in new], int)
+        self.rows = np.array([r for r in rows if int(ds.labels[r]) in new], int)
         super().__init__([new[int(ds.labels[r])] for r in self.rows], (ds.class_names[c] for c in classes))
 
     def __getitem__(self, i: int) -> Item:
@@ -130,7 +139,7 @@ class Subset(Images):
 
 
 @functools.lru_cache(maxsize=4)
-def open_dataset(profile: Profile, task: str, split: str):
+def open_dataset(profile: Profile, task: str, split: Split):
     """The images of a task, as the profile says; files are cropped as the model takes them.
 
     "scenes" are drawn; "folders" are ``data/<profile>/images/<task>/``, and for the profile's own task ``images`` where
@@ -203,3 +212,6 @@ def own_template(profile: Profile, task: str) -> str:
 
         return WORLD["tasks"].get(task, {}).get("template", TEMPLATES["maple"])
     return TEMPLATES["dataset_templates"].get(TABLE.get(task, {}).get("title"), TEMPLATES["maple"])
+
+
+guard(globals())

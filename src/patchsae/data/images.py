@@ -4,15 +4,16 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from patchsae.data.checks import Natural, Whole, checked, guard, indices, shown
 from patchsae.data.hashes import file_hashes
 
 #: Images up to this many times longer than wide are resized as a whole, and then equal CLIP's own bit for bit.
@@ -82,8 +83,12 @@ class Crop(NamedTuple):
     size: int
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
+    @checked
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """uint8 ``[H, W, 3] -> [size, size, 3]``."""
+        if 0 in image.shape or image.ndim != 2 and (image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] != 3):
+            raise ValueError(f"An image is {image.dtype} of shape {list(image.shape)}; give uint8 [H, W, 3], or a map "
+                             "[H, W].")
         size, (height, width) = self.size, image.shape[:2]
         if (height, width) == (size, size):
             return image
@@ -100,8 +105,10 @@ class Crop(NamedTuple):
         return np.array(picture.resize((size, size), self.resample, box))
 
 
-def patch_shares(plane: np.ndarray, n: int, grid: int) -> np.ndarray:
+def patch_shares(plane: Annotated[np.ndarray, "int L,L"], n: Natural, grid: Natural) -> np.ndarray:
     """Share of each patch that each of n concepts covers: int ``[S,S]``, -1 for none -> float32 ``[grid,grid,n]``."""
+    if not -1 <= plane.min() <= plane.max() < n:
+        raise ValueError(f"The map names concepts from {plane.min()} to {plane.max()}, of {n}; -1 is for none.")
     places = np.arange(len(plane)) * grid // len(plane)
     patch = places[:, None] * grid + places
     counts = np.bincount((patch * (n + 1) + plane + 1).ravel(), minlength=grid**2 * (n + 1)).reshape(grid, grid, n + 1)
@@ -118,13 +125,22 @@ class Images:
     what it belongs to. ``unreadable``: position -> reason, filled by passes over the data set.
     """
 
+    #: What a source of another kind must have to stand for one.
+    needs = ("class_names", "labels", "unreadable")
     from_files: bool = False
     label_order: tuple[int, ...] = ()
     concepts: dict[str, tuple[str, ...]] = {}
     groups: dict[str, str] = {}
 
-    def __init__(self, labels, class_names):
-        self.labels, self.class_names = np.asarray(labels, dtype=np.int64), tuple(class_names)
+    def __init__(self, labels, class_names: Iterable[str]):
+        given, labels, self.class_names = labels, np.asarray(labels), tuple(class_names)
+        flags = isinstance(given, list | tuple) and any(isinstance(label, bool) for label in given)
+        if labels.ndim != 1 or len(labels) and labels.dtype.kind not in "iu" or flags:
+            raise ValueError(f"Labels are {shown(labels)}; give one integer per image.")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+            raise ValueError(f"Labels must lie in [0, {len(self.class_names)}), one per class name; found "
+                             f"{labels.min()} to {labels.max()}.")
+        self.labels = labels.astype(np.int64)
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -135,7 +151,7 @@ class Images:
 
     def readable(self, rows) -> Iterator[tuple[int, Item]]:
         """Those of the positions ``rows`` whose image can be read, with the image; the others are noted."""
-        for row in map(int, rows):
+        for row in np.atleast_1d(indices(rows, len(self), "positions")).tolist():
             try:
                 yield row, self[row]
             except Unreadable as error:
@@ -167,8 +183,9 @@ class FileDataset(Images):
 
     from_files = True
 
-    def __init__(self, root: Path, files: list[tuple[Path, int]], class_names, size: int | None = None,
-                 label_order=()):
+    def __init__(self, root: Path, files: list[tuple[Path, int]], class_names: Iterable[str],
+                 size: Natural | None = None,
+                 label_order: Iterable[int] = ()):
         super().__init__([label for _, label in files], class_names)
         self.root, self.files, self.size, self.label_order = Path(root), files, size, tuple(label_order)
 
@@ -190,12 +207,19 @@ class HubDataset(Images):
 
     from_files = True
 
-    def __init__(self, table, column: str, labels: np.ndarray, class_names, size: int | None = None, source=()):
+    def __init__(self, table, column: str, labels: Annotated[np.ndarray, "int N"], class_names: Iterable[str],
+                 size: Natural | None = None, source: Sequence = ()):
+        rows = len(table) if hasattr(table, "__getitem__") and hasattr(table, "__len__") else -1
+        if rows != len(labels) or rows and not (isinstance(table[0], dict) and column in table[0]):
+            raise ValueError(f"The table is no table of {len(labels)} images in a column {column!r}; choose another.")
         super().__init__(labels, class_names)
         self.table, self.column, self.size, self.source = table, column, size, list(source)
 
     def __getitem__(self, i: int) -> Item:
-        stored = self.table[int(i)][self.column]
+        row = self.table[int(i)]
+        if not isinstance(row, dict) or not row.get(self.column):
+            raise Unreadable(f"Row {i} of the table has no image in the column {self.column!r}; remove it.")
+        stored = row[self.column]
         name = f"{i} ({stored['path'] or self.column})"
         image = read_image(stored["bytes"] or Path(stored["path"]), name)
         return _item(image, int(self.labels[i]), self.size)
@@ -215,13 +239,18 @@ def _item(image: np.ndarray, label: int, size: int | None) -> Item:
 
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder by name, hidden ones left out."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}; name one that holds images.")
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and f.name[0] != ".")
 
 
-def in_turn(files: list[tuple], n: int | None) -> list[tuple]:
+def in_turn(files: list[tuple], n: Whole | None) -> list[tuple]:
     """The first ``n`` of pairs of a file and a label when classes take turns; all of them in that order for None."""
     seen, ranked = {}, []
     for path, label in files:
         seen[label] = seen.get(label, -1) + 1
         ranked.append((seen[label], label, path))
     return [(path, label) for _, label, path in sorted(ranked, key=lambda row: row[:2])[:n]]
+
+
+guard(globals())

@@ -26,6 +26,8 @@ DIFFERENT = {"model": "with another model", "block": "after block {0} and not {1
 
 def refuse_other(path: Path, made: dict, expected: dict) -> None:
     """Refuse a file of a cache that was made of other things."""
+    if strange := set(expected) - set(DIFFERENT):
+        raise ValueError(f"A cache is not made of {sorted(strange)[0]!r}; compare {', '.join(DIFFERENT)}.")
     if other := [DIFFERENT[name].format(made[name], asked) for name, asked in expected.items() if made[name] != asked]:
         raise ValueError(f"{path} is of a cache that was made {' and '.join(other)}; choose another folder, or remove "
                          f"{path.parent} and run `make cache` again.")

@@ -248,7 +248,7 @@ def description(model: str, pictures: Pictures, tower: Tower, masks: Path | None
 def run(name: str, images: str, model: str, masks: str, yes: bool) -> str:
     """Look, say what was found, ask, and write ``profiles/<name>.toml``; returns what is next."""
     place = ROOT / "profiles" / f"{name}.toml"
-    if not re.fullmatch(r"\w[\w-]*", name):
+    if not re.fullmatch(r"\w[\w-]{0,99}", name):
         raise ValueError(f"{name!r} cannot name a profile; take letters, digits, - and _ alone.")
     if (PROFILES / f"{name}.toml").is_file():
         raise ValueError(f"The package has a profile {name!r} of its own; choose another name.")

@@ -9,6 +9,7 @@ import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import Profile, device, resolve, start
+from patchsae.data.checks import Layer, guard
 from patchsae.data.datasets import images_there, open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
@@ -124,7 +125,7 @@ class Study:
         """The images of any task of the profile."""
         return open_dataset(self.profile, task, split)
 
-    def statistics(self, sae: SparseAutoencoder, ds: Images, layer: int | None = None,
+    def statistics(self, sae: SparseAutoencoder, ds: Images, layer: Layer | None = None,
                    tokens: str = "all") -> LatentStatistics:
         """Statistics of any autoencoder on any images, kept in the profile's run folder."""
         p = self.profile
@@ -192,3 +193,6 @@ def given_sae(profile: Profile, clip: Clip) -> SparseAutoencoder:
         raise ValueError(f"{profile.sae.weights} is for tokens of width {sae.d_model}, but {profile.model.name} has "
                          f"{clip.width}; choose an autoencoder of this model.")
     return sae
+
+
+guard(globals())

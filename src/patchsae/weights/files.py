@@ -93,7 +93,7 @@ def parse_json(path: Path):
     """What a JSON file holds, whatever it is."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
+    except OSError:
         raise FileNotFoundError(f"There is no file {path}; run the notebook that makes it.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch or make it again.") from error

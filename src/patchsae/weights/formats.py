@@ -14,9 +14,11 @@ batchtopk and matryoshka, which cut every token at one threshold once they are t
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
+from patchsae.data.checks import Device, Whole, guard
 from patchsae.weights.files import (
     checked_weights,
     file_sha256,
@@ -55,7 +57,7 @@ FASTSAE_PLAIN = {"activation_name": ("relu",), "architecture": ("vanilla",)}
 OFFICIAL_PLAIN = {"gated_sae": (False,)}
 
 
-def read_sae(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
+def read_sae(path: str | Path, device: Device = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
     """Weights and a report of an autoencoder in any of the formats above, from a local file or folder.
 
     The weights are float32 and finite: ``W_enc [D,S]``, ``b_enc [S]``, ``W_dec [S,D]``, ``b_dec [D]``, and of some
@@ -84,13 +86,16 @@ def read_sae(path: str | Path, device: str = "cpu") -> tuple[dict[str, torch.Ten
         "unit_rows": bool((norms - 1).abs().max() <= UNIT_TOLERANCE)}
 
 
-def sae_hash(tensors: dict[str, torch.Tensor], activation: str, k: int) -> str:
+def sae_hash(tensors: dict[str, torch.Tensor], activation: Literal[*ACTIVATIONS], k: Whole) -> str:
     """Hash of an autoencoder: of its weights, and of activation and k where the activation is not relu."""
     return tensor_hash(tensors if activation == "relu" else tensors | {activation: torch.tensor(k)})
 
 
-def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], activation: str = "relu", k: int = 0) -> None:
+def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], activation: Literal[*ACTIVATIONS] = "relu",
+                 k: Whole = 0) -> None:
     """Write our own format: ``config.json`` with the hash of the autoencoder, then ``sae.safetensors``."""
+    if "W_enc" not in tensors:
+        raise ValueError("There is no W_enc among the tensors; give those of an autoencoder.")
     d_model, n_latents = tensors["W_enc"].shape
     config = {"d_model": d_model, "n_latents": n_latents, "hash": sae_hash(tensors, activation, k)}
     variant = {} if activation == "relu" else {"activation": activation, "k": k}
@@ -141,6 +146,9 @@ def write_saelens(folder: str | Path, sae, model_name: str, hook_name: str) -> N
 
 def _parts(sae) -> tuple[dict[str, torch.Tensor], str, int]:
     """Tensors, activation and k of an autoencoder; a dict of tensors is that of one with relu."""
+    if not (set(NAMES) <= set(sae) if isinstance(sae, dict) else hasattr(sae, "activation")):
+        raise ValueError(f"A {type(sae).__name__} without {', '.join(NAMES)} is no autoencoder; give one, or its state "
+                         "dict.")
     if not isinstance(sae, dict):
         return sae.state_dict(), sae.activation, sae.k
     if set(sae) & set(THRESHOLDS):
@@ -304,3 +312,6 @@ def _converted(tensors: dict[str, torch.Tensor], settings: dict) -> dict[str, to
         tiny = torch.finfo(torch.float32).tiny
         tensors["log_threshold"] = tensors.pop("threshold").clamp_min(tiny).log()
     return tensors
+
+
+guard(globals())
