@@ -28,11 +28,12 @@ from pydantic.fields import FieldInfo
 from patchsae.config import Layer, Natural, NotNegative, Rate, Seed, Whole, as_path
 
 __all__ = ["Layer", "Natural", "NotNegative", "Rate", "Seed", "Whole", "guard", "indices"]
-#: Tensors: of floating point where no other type is named. A letter is the same number throughout a call, and that of
-#: the models among its arguments: D their width, S latents, H pixels a side.
+#: Tensors: of floating point where no other type is named, and of one precision then, "any" aside. A letter is the same
+#: number throughout a call, and that of the models among its arguments: D their width, S latents, H pixels a side.
 (Floats, Pixels, BatchTokens, Tokens, Latents, Some, Embeddings, Texts, OfLatents, Chosen, SomeOf, TokenIds) = (
     Annotated[torch.Tensor, shape] for shape in (
-        "...", "B,3,H,H", "B,T,D", "...,D", "...,S", "...,K", "...,P", "N,P", "bool S", "bool K", "index K", "int C,L"))
+        "...", "any B,3,H,H", "B,T,D", "...,D", "...,S", "...,K", "...,P", "N,P", "bool S", "bool K", "index K",
+        "int C,L"))
 #: At least one word; how classes are called; where tensors are.
 Words = Annotated[Sequence[str], Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"[^{}]*\{\}[^{}]*")]
@@ -41,7 +42,7 @@ Indices = int | slice | Sequence[int] | np.ndarray | torch.Tensor
 Device = Annotated[str | torch.device, "device"]
 OBJECT_SIZES = {"d_model": "D", "n_latents": "S", "width": "D", "image_size": "H"}
 #: What stands in front of a shape -> the kinds of numpy's types that it stands for.
-TYPES = {"": "f", "int": "iu", "index": "iu", "bool": "b", "uint8": "u", "number": "fiu"}
+TYPES = {"": "f", "any": "f", "int": "iu", "index": "iu", "bool": "b", "uint8": "u", "number": "fiu"}
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a finite number")}
 MANY = (list, tuple, Sequence, Iterable, collections.abc.Iterator)
 
@@ -223,7 +224,8 @@ def _refuse_shape(array, rule: str, sizes: dict) -> None:
     """Stop where a tensor or an array has another type or shape than a rule says."""
     name, _, shape = rule.rpartition(" ")
     letters, lengths = shape.split(","), list(array.shape)
-    wanted = f"{name or 'float'} of shape [{', '.join(str(sizes.get(letter, letter)) for letter in letters)}]"
+    wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+    wanted = f"{'float' if name in ('', 'any') else name} of shape [{wanted}]"
     kind = str(array.dtype).removeprefix("torch.").replace("bfloat", "float")[:1]
     fits = kind in TYPES[name] and (array.dtype.itemsize == 1 or name != "uint8")
     fits = fits and ("K" in letters or 0 not in lengths)
@@ -235,7 +237,7 @@ def _refuse_shape(array, rule: str, sizes: dict) -> None:
         fits = fits and length == (int(letter) if letter.isdecimal() else sizes.setdefault(letter, length))
     if not fits:
         raise _Unfit(wanted)
-    if kind == "f" and torch.is_tensor(array):
+    if name == "" and torch.is_tensor(array):
         double = array.dtype == torch.float64
         if sizes.setdefault("double", double) != double:
             raise _Unfit("the precision of the weights and of the other arguments")

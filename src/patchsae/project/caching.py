@@ -104,7 +104,7 @@ def run(name: str | None, yes: bool, kind: str | None, verify: bool) -> str:
             print(plan, flush=True)
         if not yes and not _agreed():
             return "Nothing was written."
-    cache = write_cache(clip, ds, layer, folder, dtype, float("inf"), profile.data.batch_images)
+    cache = write_cache(clip, ds, layer, folder, dtype, 2**63, profile.data.batch_images)
     said = cache.manifest
     return (f"{folder} holds the tokens of {len(cache):,} images, {len(said['unreadable'])} could not be read; "
             f"{said['made_of']['dtype']} takes {said['explained_variance_cost']:.1e} of the explained variance.")
