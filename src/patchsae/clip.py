@@ -16,19 +16,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 from patchsae.config import ROOT, resolve
-from patchsae.data.checks import (
-    BatchTokens,
-    Device,
-    Embeddings,
-    Layer,
-    Natural,
-    Pixels,
-    Templates,
-    Texts,
-    Whole,
-    Words,
-    guard,
-)
+from patchsae.data import checks
 from patchsae.data.images import Crop, hash_of, rgb
 from patchsae.weights.clips import read_clip
 from patchsae.weights.files import tensor_hash
@@ -63,14 +51,14 @@ class Clip:
         """exp of the learned temperature, a scalar."""
         return self.model.logit_scale.exp()
 
-    def block(self, layer: Layer) -> int:
+    def block(self, layer: checks.Layer) -> int:
         """The 0-based block a layer stands for; negative layers count from the end."""
         n = len(self.blocks)
         if not -n <= layer < n:
             raise ValueError(f"Layer {layer} is not one of the {n} blocks of this model; choose {-n} to {n - 1}.")
         return layer % n
 
-    def below(self, pixels: Pixels, layer: Layer) -> torch.Tensor:
+    def below(self, pixels: checks.Pixels, layer: checks.Layer) -> torch.Tensor:
         """Residual stream after block ``layer``: ``[B,3,H,W] -> [B,T,D]``, the class token first (sec. 3.1)."""
         z = self.embed(pixels.to(self.device))
         for i, block in enumerate(self.blocks[:self.block(layer) + 1]):
@@ -78,7 +66,7 @@ class Clip:
         assert z.ndim == 3 and z.shape[1] >= self.n_tokens, "a block returned something else than tokens"
         return z
 
-    def above(self, z: BatchTokens, layer: Layer) -> torch.Tensor:
+    def above(self, z: checks.BatchTokens, layer: checks.Layer) -> torch.Tensor:
         """Finish the forward pass: ``[B,T,D] -> [B,P]``, not normalised. ``above(below(x)) == model(x)``.
 
         Only the class token is read at the end, so the last block is computed for its query alone.
@@ -90,12 +78,12 @@ class Clip:
         class_token = z[:, 0] if cut_at_end else _class_token(self.blocks[last], self.before_block(z, last))
         return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
 
-    def embed(self, pixels: Pixels) -> torch.Tensor:
+    def embed(self, pixels: checks.Pixels) -> torch.Tensor:
         """What enters the first block: ``[B,3,H,W] -> [B,T,D]``. An adapted tower appends its prompt tokens here."""
         tower = self.model.vision_model
         return tower.pre_layrnorm(tower.embeddings(pixels))
 
-    def before_block(self, z: BatchTokens, i: Whole) -> torch.Tensor:
+    def before_block(self, z: checks.BatchTokens, i: checks.Whole) -> torch.Tensor:
         """What block ``i`` reads of ``z [B,T,D]``: all of it. An adapted tower renews its prompt tokens here."""
         return z
 
@@ -123,19 +111,19 @@ class Clip:
         return grey_levels(self.processor, self.image_size)
 
     @torch.no_grad()
-    def text_features(self, prompts: Words, batch: Natural = 256) -> torch.Tensor:
+    def text_features(self, prompts: checks.Words, batch: checks.Natural = 256) -> torch.Tensor:
         """Unit-length text embeddings: ``list[str] -> [N,P]``."""
         batches = [self.tokenise(prompts[i:i + batch]) for i in range(0, len(prompts), batch)]
         features = [self.model.get_text_features(b["input_ids"], b["attention_mask"]).pooler_output for b in batches]
         return F.normalize(torch.cat(features), dim=-1)
 
-    def tokenise(self, prompts: Words) -> dict[str, torch.Tensor]:
+    def tokenise(self, prompts: checks.Words) -> dict[str, torch.Tensor]:
         """Token ids and attention mask of prompts, each ``[N,L]``."""
         if self.tokenizer is None:
             raise ValueError("This CLIP has no tokenizer, so it has no text features; add one to its folder.")
         return self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
 
-    def logits(self, embeddings: Embeddings, text: Texts) -> torch.Tensor:
+    def logits(self, embeddings: checks.Embeddings, text: checks.Texts) -> torch.Tensor:
         """Cosine times temperature: ``[B,P], [N,P] -> [B,N]``."""
         return self.logit_scale * F.normalize(embeddings, dim=-1) @ text.T
 
@@ -163,7 +151,8 @@ def _class_token(block, z: torch.Tensor) -> torch.Tensor:
     return first + block.mlp(block.layer_norm2(first))
 
 
-def load_clip(name_or_path: str | Path | CLIPModel, device: Device = "cpu", revision: str | None = None) -> Clip:
+def load_clip(name_or_path: str | Path | CLIPModel, device: checks.Device = "cpu",
+              revision: str | None = None) -> Clip:
     """Load a CLIP from a local folder or file (as given, or else inside the project's folder) or from the hub.
 
     On the hub a revision may follow the name, ``"owner/name@revision"``. A folder without a tokenizer or preprocessor
@@ -193,7 +182,8 @@ def _source(name_or_path: str | Path, revision: str | None) -> Path:
                                 "and the hub does not give it; check the name, and for the hub the network.") from error
 
 
-def class_prototypes(clip: Clip, class_names: Words, templates: Templates, renormalise: bool = True) -> torch.Tensor:
+def class_prototypes(clip: Clip, class_names: checks.Words, templates: checks.Templates,
+                     renormalise: bool = True) -> torch.Tensor:
     """Mean of the unit text embeddings of every template, per class: ``[C,P]`` (sec. 4.1).
 
     ``renormalise=False`` keeps the published code's mean as it is; shorter means then weigh less, which can
@@ -213,4 +203,4 @@ def contrastive_loss(images: Annotated[torch.Tensor, "B,P"], texts: Annotated[to
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-guard(globals())
+checks.guard(globals())

@@ -11,22 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from patchsae.data.checks import (
-    Chosen,
-    Device,
-    Floats,
-    Indices,
-    Latents,
-    Natural,
-    NotNegative,
-    OfLatents,
-    Some,
-    SomeOf,
-    Tokens,
-    Whole,
-    guard,
-    indices,
-)
+from patchsae.data import checks
 from patchsae.weights.formats import OWN_FORMAT, read_sae, sae_hash, write_folder
 from patchsae.weights.hub import autoencoder_folder
 
@@ -62,8 +47,8 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
             cls = KINDS[activation]
         return super().__new__(cls, *arguments, **named)
 
-    def __init__(self, d_model: Natural, n_latents: Natural, generator: torch.Generator | None = None,
-                 activation: str = "relu", k: Whole = 0):
+    def __init__(self, d_model: checks.Natural, n_latents: checks.Natural, generator: torch.Generator | None = None,
+                 activation: str = "relu", k: checks.Whole = 0):
         super().__init__()
         self.d_model, self.n_latents = d_model, n_latents
         self.W_enc = nn.Parameter(_kaiming(d_model, n_latents, generator))
@@ -75,60 +60,61 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
 
     # Equation 1 -----------------------------------------------------------------------------------------
 
-    def encode(self, z: Tokens) -> torch.Tensor:
+    def encode(self, z: checks.Tokens) -> torch.Tensor:
         """Tokens to latents: ``[...,D] -> [...,S]``."""
         return self.activate(self.pre_activations(z))
 
-    def decode(self, h: Latents) -> torch.Tensor:
+    def decode(self, h: checks.Latents) -> torch.Tensor:
         """Latents to tokens: ``[...,S] -> [...,D]``."""
         return h @ self.W_dec + self.b_dec
 
-    def forward(self, z: Tokens) -> torch.Tensor:
+    def forward(self, z: checks.Tokens) -> torch.Tensor:
         """Reconstruct tokens: ``[...,D] -> [...,D]``."""
         return self.decode(self.encode(z))
 
-    def pre_activations(self, z: Tokens) -> torch.Tensor:
+    def pre_activations(self, z: checks.Tokens) -> torch.Tensor:
         """What the activation is applied to: ``[...,D] -> [...,S]``."""
         return (z - self.b_dec) @ self.W_enc + self.b_enc
 
-    def encode_some(self, z: Tokens, latents: Indices) -> torch.Tensor:
+    def encode_some(self, z: checks.Tokens, latents: checks.Indices) -> torch.Tensor:
         """Some of the latents alone, an index or several: ``[...,D] -> [...]`` or ``[...,n]``."""
-        latents = torch.from_numpy(indices(latents, self.n_latents, "latents"))
+        latents = torch.from_numpy(checks.indices(latents, self.n_latents, "latents"))
         return self.activate((z - self.b_dec) @ self.W_enc[:, latents] + self.b_enc[latents], latents)
 
     # What another activation changes --------------------------------------------------------------------
 
-    def prepare(self, k: Whole) -> None:
+    def prepare(self, k: checks.Whole) -> None:
         """Make what the activation has of its own, thresholds for instance; relu has nothing."""
 
-    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: checks.Floats, latents=slice(None)) -> torch.Tensor:
         """Pre-activations to latents, each token by itself: ``[...,n] -> [...,n]`` of these latents."""
         return torch.relu(pre)
 
-    def activate_in_training(self, pre: Latents) -> torch.Tensor:
+    def activate_in_training(self, pre: checks.Latents) -> torch.Tensor:
         """The same as the loss has it: ``[...,S] -> [...,S]``."""
         return self.activate(pre)
 
-    def error(self, z: Tokens, h: Latents, m: Tokens) -> torch.Tensor:
+    def error(self, z: checks.Tokens, h: checks.Latents, m: checks.Tokens) -> torch.Tensor:
         """The reconstruction term of the loss, a scalar, from its elements ``m [...,D]``."""
         return m.mean()
 
-    def sparsity(self, pre: Latents, h: Latents) -> torch.Tensor:
+    def sparsity(self, pre: checks.Latents, h: checks.Latents) -> torch.Tensor:
         """What lambda weighs, a scalar: the mean over tokens of ||h||_1."""
         return self.l1_counts * h.sum(-1).mean()
 
-    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
+    def revive(self, z: checks.Tokens, z_hat: checks.Tokens, m: checks.Tokens, pre: checks.Latents,
+               latents: checks.SomeOf, dead: checks.Chosen) -> torch.Tensor:
         """What wakes dead latents, a scalar; ``dead``: bool ``[K]``, which of the K ``latents`` are. Here the published
         ghost gradients."""
         return ghost_loss(z, z_hat, m, pre[..., latents], self.W_dec[latents], dead)
 
-    def after_step(self, h: Latents) -> None:
+    def after_step(self, h: checks.Latents) -> None:
         """Remember what a training step with latents ``[...,S]`` tells."""
 
     # Training -------------------------------------------------------------------------------------------
 
-    def losses(self, z: Tokens, l1: NotNegative, dead: OfLatents | None = None,
-               candidates: SomeOf | None = None) -> "Losses":
+    def losses(self, z: checks.Tokens, l1: checks.NotNegative, dead: checks.OfLatents | None = None,
+               candidates: checks.SomeOf | None = None) -> "Losses":
         """``sae_loss`` as a method, before which weights that are sharded over devices are put together."""
         return sae_loss(self, z, l1, dead, candidates)
 
@@ -159,7 +145,7 @@ class SparseAutoencoder(nn.Module, PyTorchModelHubMixin):
             self.generate_model_card().save(Path(folder) / "README.md")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: Device = "cpu",
+    def from_pretrained(cls, path: str | Path, device: checks.Device = "cpu",
                         revision: str | None = None) -> "SparseAutoencoder":
         """Read an autoencoder in our own or another's format (see ``weights.formats``): a local path or a name on the
         hub.
@@ -194,8 +180,8 @@ class Losses(NamedTuple):
     h: torch.Tensor
 
 
-def sae_loss(sae: SparseAutoencoder, z: Tokens, l1: NotNegative = 8e-5, dead: OfLatents | None = None,
-             candidates: SomeOf | None = None) -> Losses:
+def sae_loss(sae: SparseAutoencoder, z: checks.Tokens, l1: checks.NotNegative = 8e-5,
+             dead: checks.OfLatents | None = None, candidates: checks.SomeOf | None = None) -> Losses:
     """The training loss (eq. 2), as it is coded by the authors.
 
         mse   = mean of (z_hat - z)^2 / ||z||_2        the token's L2 norm, not its square
@@ -219,13 +205,13 @@ def sae_loss(sae: SparseAutoencoder, z: Tokens, l1: NotNegative = 8e-5, dead: Of
     return Losses(mse, sparsity, ghost, mse + sparsity + ghost, z_hat, h)
 
 
-def reconstruction_error(z: Tokens, z_hat: Tokens) -> torch.Tensor:
+def reconstruction_error(z: checks.Tokens, z_hat: checks.Tokens) -> torch.Tensor:
     """m = (z_hat - z)^2 / ||z||_2 elementwise, with the norm of the token: ``[...,D]`` (eq. 2, as coded)."""
     return (z_hat - z).square() / z.norm(dim=-1, keepdim=True)
 
 
-def ghost_loss(z: Tokens, z_hat: Tokens, m: Tokens, pre: Some, rows: Annotated[torch.Tensor, "K,D"],
-               dead: Chosen) -> torch.Tensor:
+def ghost_loss(z: checks.Tokens, z_hat: checks.Tokens, m: checks.Tokens, pre: checks.Some,
+               rows: Annotated[torch.Tensor, "K,D"], dead: checks.Chosen) -> torch.Tensor:
     """Ghost gradients (A.1): dead latents are asked to explain the residual, through exp of their pre-activation.
 
         r = sg(z - z_hat);  g = exp(pre[dead]) W_dec[dead];  g <- g sg(||r|| / (2 ||g|| + 1e-6))
@@ -251,4 +237,4 @@ def _of_the_dead(pre: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     return pre - (pre.detach().amax(-1, keepdim=True) - GHOST_EXPONENT).clamp_min(0)
 
 
-guard(globals())
+checks.guard(globals())

@@ -17,19 +17,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from patchsae.data.checks import (
-    Chosen,
-    Floats,
-    Indices,
-    Latents,
-    Natural,
-    Some,
-    SomeOf,
-    Tokens,
-    Whole,
-    guard,
-    indices,
-)
+from patchsae.data import checks
 from patchsae.sae import SparseAutoencoder, ghost_loss, reconstruction_error
 from patchsae.weights.formats import checked_k
 
@@ -48,15 +36,15 @@ class TopK(SparseAutoencoder):
 
     activation, l1_counts = "topk", 0.0
 
-    def prepare(self, k: Whole) -> None:
+    def prepare(self, k: checks.Whole) -> None:
         self.k = checked_k(self.activation, k, self.n_latents)
 
-    def activate(self, pre: Latents, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: checks.Latents, latents=slice(None)) -> torch.Tensor:
         return top_k(pre, self.k)
 
-    def encode_some(self, z: Tokens, latents: Indices) -> torch.Tensor:
+    def encode_some(self, z: checks.Tokens, latents: checks.Indices) -> torch.Tensor:
         # Whether a latent is among the k largest depends on all of them.
-        return self.encode(z)[..., indices(latents, self.n_latents, "latents")]
+        return self.encode(z)[..., checks.indices(latents, self.n_latents, "latents")]
 
 
 class BatchTopK(SparseAutoencoder):
@@ -68,21 +56,22 @@ class BatchTopK(SparseAutoencoder):
 
     activation, l1_counts, steps_sparsely = "batchtopk", 0.0, False
 
-    def prepare(self, k: Whole) -> None:
+    def prepare(self, k: checks.Whole) -> None:
         self.k = checked_k(self.activation, k, self.n_latents)
         self.register_buffer("threshold", torch.zeros(()))
 
-    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: checks.Floats, latents=slice(None)) -> torch.Tensor:
         return _Jump.apply(pre, self.threshold)
 
-    def activate_in_training(self, pre: Latents) -> torch.Tensor:
+    def activate_in_training(self, pre: checks.Latents) -> torch.Tensor:
         return batch_top_k(pre, self.k)
 
-    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
+    def revive(self, z: checks.Tokens, z_hat: checks.Tokens, m: checks.Tokens, pre: checks.Latents,
+               latents: checks.SomeOf, dead: checks.Chosen) -> torch.Tensor:
         return auxiliary_loss(z, z_hat, pre[..., latents], self.W_dec[latents], dead, self.k)
 
     @torch.no_grad()
-    def after_step(self, h: Latents) -> None:
+    def after_step(self, h: checks.Latents) -> None:
         """The running mean of the smallest latent kept; 0 before the first step."""
         least = torch.where(h > 0, h, torch.inf).amin()
         moved = torch.where(self.threshold > 0, MEMORY * self.threshold + (1 - MEMORY) * least, least)
@@ -94,7 +83,7 @@ class Matryoshka(BatchTopK):
 
     activation = "matryoshka"
 
-    def error(self, z: Tokens, h: Latents, m: Tokens) -> torch.Tensor:
+    def error(self, z: checks.Tokens, h: checks.Latents, m: checks.Tokens) -> torch.Tensor:
         lengths = prefixes(self.n_latents)
         shorter = (reconstruction_error(z, h[..., :n] @ self.W_dec[:n] + self.b_dec).mean() for n in lengths[:-1])
         return (m.mean() + sum(shorter)) / len(lengths)
@@ -109,20 +98,21 @@ class JumpReLU(SparseAutoencoder):
 
     activation, steps_sparsely = "jumprelu", False
 
-    def prepare(self, k: Whole) -> None:
+    def prepare(self, k: checks.Whole) -> None:
         self.log_threshold = nn.Parameter(torch.full((self.n_latents,), FIRST_THRESHOLD).log())
 
-    def activate(self, pre: Floats, latents=slice(None)) -> torch.Tensor:
+    def activate(self, pre: checks.Floats, latents=slice(None)) -> torch.Tensor:
         thresholds = self.log_threshold[latents].exp()
         if thresholds.ndim and pre.shape[-1] != len(thresholds):
             raise ValueError(f"There are {pre.shape[-1]} pre-activations of {len(thresholds)} latents; name "
                              "those that they are of.")
         return _Jump.apply(pre, thresholds)
 
-    def sparsity(self, pre: Latents, h: Latents) -> torch.Tensor:
+    def sparsity(self, pre: checks.Latents, h: checks.Latents) -> torch.Tensor:
         return _Step.apply(pre, self.log_threshold.exp()).sum(-1).mean()
 
-    def revive(self, z: Tokens, z_hat: Tokens, m: Tokens, pre: Latents, latents: SomeOf, dead: Chosen) -> torch.Tensor:
+    def revive(self, z: checks.Tokens, z_hat: checks.Tokens, m: checks.Tokens, pre: checks.Latents,
+               latents: checks.SomeOf, dead: checks.Chosen) -> torch.Tensor:
         above = pre[..., latents] - self.log_threshold[latents].exp()
         return ghost_loss(z, z_hat, m, above, self.W_dec[latents], dead)
 
@@ -130,8 +120,8 @@ class JumpReLU(SparseAutoencoder):
 KINDS = {kind.activation: kind for kind in (SparseAutoencoder, TopK, BatchTopK, JumpReLU, Matryoshka)}
 
 
-def auxiliary_loss(z: Tokens, z_hat: Tokens, pre: Some, rows: Annotated[torch.Tensor, "K,D"], dead: Chosen,
-                   k: Natural) -> torch.Tensor:
+def auxiliary_loss(z: checks.Tokens, z_hat: checks.Tokens, pre: checks.Some, rows: Annotated[torch.Tensor, "K,D"],
+                   dead: checks.Chosen, k: checks.Natural) -> torch.Tensor:
     """Dead latents reconstruct the residual, the k strongest of each token (after Gao et al. 2024, A.2).
 
         r = sg(z - z_hat);   mean of (top_k(pre[dead]) W_dec[dead] - r)^2 / ||z||_2, over 32
@@ -142,7 +132,7 @@ def auxiliary_loss(z: Tokens, z_hat: Tokens, pre: Some, rows: Annotated[torch.Te
     return AUXILIARY * reconstruction_error(z, h @ rows + z_hat.detach()).mean() * dead.any()
 
 
-def top_k(pre: Latents, k: Natural) -> torch.Tensor:
+def top_k(pre: checks.Latents, k: checks.Natural) -> torch.Tensor:
     """The k largest of the last dimension cut at 0, the others 0; of equal ones the lowest index first: ``[...,S]``."""
     h = torch.relu(pre)
     least = h.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -156,12 +146,12 @@ def top_k(pre: Latents, k: Natural) -> torch.Tensor:
     return h * kept
 
 
-def batch_top_k(pre: Latents, k: Natural) -> torch.Tensor:
+def batch_top_k(pre: checks.Latents, k: checks.Natural) -> torch.Tensor:
     """The k N largest of all N tokens, cut at 0: ``[...,S] -> [...,S]``. Ties as in ``top_k``, earlier tokens first."""
     return top_k(pre.flatten(), k * (pre.numel() // pre.shape[-1])).view_as(pre)
 
 
-def prefixes(n_latents: Natural) -> list[int]:
+def prefixes(n_latents: checks.Natural) -> list[int]:
     """Lengths of the nested prefixes of matryoshka, ascending and different, the last being all latents."""
     return sorted({max(1, round(n_latents / divisor)) for divisor in PREFIXES})
 
@@ -209,4 +199,4 @@ class _Step(torch.autograd.Function):
         return None, (-_kernel(pre, threshold) * gradient).sum_to_size(threshold.shape)
 
 
-guard(globals())
+checks.guard(globals())
