@@ -42,7 +42,7 @@ Indices = int | slice | Sequence[int] | np.ndarray | torch.Tensor
 Device = Annotated[str | torch.device, "device"]
 OBJECT_SIZES = {"d_model": "D", "n_latents": "S", "width": "D", "image_size": "H"}
 #: What stands in front of a shape -> the kinds of numpy's types that it stands for.
-TYPES = {"": "f", "any": "f", "int": "iu", "index": "iu", "bool": "b", "uint8": "u", "number": "fiu"}
+TYPES = {"": "f", "any": "f", "int": "iu", "index": "iu", "bool": "b", "uint8": "u", "number": "fiub"}
 NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a finite number")}
 MANY = (list, tuple, Sequence, Iterable, collections.abc.Iterator)
 

@@ -84,8 +84,9 @@ class Crop(NamedTuple):
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
     @checked
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray | torch.Tensor) -> np.ndarray:
         """uint8 ``[H, W, 3] -> [size, size, 3]``."""
+        image = np.asarray(image)
         if 0 in image.shape or image.ndim != 2 and (image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] != 3):
             raise ValueError(f"An image is {image.dtype} of shape {list(image.shape)}; give uint8 [H, W, 3], or a map "
                              "[H, W].")
