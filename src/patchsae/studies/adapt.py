@@ -53,7 +53,8 @@ class Recipe(NamedTuple):
     """What an adapted model is made of, besides the settings, the CLIP and the images of ``study``.
 
     ``method``: one of ``METHODS``, ``UNTRAINED``, or "zero-shot", which is CLIP as it is. ``seed``: of the shots, the
-    start and the order. ``classes``: the shots are of the "base" half of the task's classes, or of "all".
+    start and the order. ``classes``: the shots are of the "base" half of the task's classes, or of "all". ``images``: a
+    few "shots" of each class, as many as the profile says, or "all" training images.
     """
 
     study: Study
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
     method: str
     seed: int = 0
     classes: str = "base"
+    images: str = "shots"
 
     @property
     def train(self) -> Images:
@@ -75,7 +77,8 @@ class Recipe(NamedTuple):
     def shots(self) -> Subset:
         """The images that are learned from; of those in files, what can be read."""
         classes = range(len(self.train.class_names)) if self.classes == "all" else halves(self.train)[self.classes]
-        shots = few_shots(self.train, classes, self.study.profile.adaptation.shots, self.seed)
+        shots = Subset(self.train, classes) if self.images == "all" else few_shots(
+            self.train, classes, self.study.profile.adaptation.shots, self.seed)
         if not shots.from_files:
             return shots
         return Subset(shots, range(len(classes)), [row for row, _ in shots.readable(range(len(shots)))])
@@ -118,7 +121,8 @@ def adapt(recipe: Recipe) -> Adapted:
 def adaptation_key(recipe: Recipe) -> str:
     """What an adapted model is kept under: everything that decides it."""
     s = recipe.study.profile.adaptation
-    shared = {"shots": s.shots, "n_prompts": s.n_prompts, "depth": s.depth, "augment": s.augment}
+    shared = {"shots": "all" if recipe.images == "all" else s.shots, "n_prompts": s.n_prompts, "depth": s.depth,
+              "augment": s.augment}
     trained = recipe.method not in ("linear probe", "zero-shot", UNTRAINED)
     return result_key(VERSION, clip=recipe.study.clip_key, images=recipe.train.fingerprint(), task=recipe.task,
                       method=recipe.method, seed=recipe.seed, classes=recipe.classes, adaptation=shared,

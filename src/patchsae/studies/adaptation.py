@@ -4,6 +4,7 @@
 the one trained on plain CLIP, the images are the same, and so are the tokens: prompts are left out.
 """
 
+import collections
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -13,46 +14,61 @@ import torch
 from scipy.stats import pearsonr, spearmanr, t
 
 from patchsae.ablation import descending, topk_masking
+from patchsae.activations import pixel_batches
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted
 from patchsae.studies.intervals import accuracy_table, mean_interval, wilson_interval
-from patchsae.world.probes import image_embeddings
 
 SIDES = ("clip", "adapted")
+#: The parts of a model that are exchanged one by one.
+PARTS = ("below", "above", "text")
 
 
 @torch.no_grad()
-def swap_hits(before: Adapted, after: Adapted, ds,
-              known: torch.Tensor | None = None) -> dict[tuple[str, str], np.ndarray]:
-    """Which images are classified right with the image tower of one model and the text features of the other.
+def swap_hits(before: Adapted, after: Adapted, ds, layer: int) -> dict[tuple[str, ...], np.ndarray]:
+    """Which images are classified right by every mixture of two models: (below, above, text) -> bool ``[N]``.
 
-    (image side, text side) -> bool ``[N]``; sides are "clip" and "adapted". ``known [N,P]``: the images' embeddings
-    by ``before``, where they were computed already.
+    Each of the three is "clip" or "adapted": whose blocks make the image tokens, whose blocks read them (with its
+    prompt tokens beside them, where it has some), and whose text features they are compared with.
     """
-    models = dict(zip(SIDES, (before, after)))
-    first = image_embeddings(before.tower, ds) if known is None else known
-    embeddings = dict(zip(SIDES, (first, image_embeddings(after.tower, ds))))
+    models, found = dict(zip(SIDES, (before, after))), collections.defaultdict(list)
     text = {side: model.text(ds.class_names) for side, model in models.items()}
-    return {(image, words): (before.tower.logits(embeddings[image], text[words]).argmax(1).cpu().numpy() == ds.labels)
-            for image in SIDES for words in SIDES}
+    for batch in pixel_batches(before.tower, ds):
+        z = {side: model.tower.below(batch.pixels, layer) for side, model in models.items()}
+        for below, above in itertools.product(SIDES, SIDES):
+            tower, n = models[above].tower, before.tower.n_tokens
+            embeddings = tower.above(torch.cat([z[below][:, :n], z[above][:, n:]], 1), layer)
+            for words in SIDES:
+                told = tower.logits(embeddings, text[words]).argmax(1).cpu()
+                found[below, above, words].append(told == batch.labels)
+    return {parts: torch.cat(hits).numpy() for parts, hits in found.items()}
 
 
-def swap_table(before: Adapted, after: Adapted, ds, known: torch.Tensor | None = None) -> pd.DataFrame:
-    """``swap_hits`` as accuracies: columns image, text, n, accuracy, low, high."""
-    return pd.DataFrame([{"image": image, "text": words} | wilson_interval(hits)
-                         for (image, words), hits in swap_hits(before, after, ds, known).items()])
+def swap_table(before: Adapted, after: Adapted, ds, layer: int) -> pd.DataFrame:
+    """``swap_hits`` as accuracies: columns below, above, text, n, accuracy, low, high."""
+    return pd.DataFrame([dict(zip(PARTS, parts)) | wilson_interval(hits)
+                         for parts, hits in swap_hits(before, after, ds, layer).items()])
+
+
+def whole(table: pd.DataFrame, side: str) -> pd.DataFrame:
+    """The rows of a ``swap_table`` in which nothing is swapped: CLIP's ("clip"), or the adapted model's ("adapted")."""
+    return table[(table[list(PARTS)] == side).all(axis=1)]
 
 
 def gain_parts(table: pd.DataFrame) -> pd.Series:
-    """Split the gain of one ``swap_table``: what each side brings alone, and what only both together bring.
+    """Split the gain of one ``swap_table`` among the three parts of the model: gain = below + above + text.
 
-        gain = A(adapted, adapted) - A(clip, clip);  image = A(adapted, clip) - A(clip, clip)
-        text = A(clip, adapted) - A(clip, clip);     interaction = gain - image - text
+    A part's share is what exchanging it brings, mean over the six orders in which the three can be exchanged (its
+    Shapley value).
     """
-    a = table.set_index(["image", "text"])["accuracy"]
-    start, gain = a["clip", "clip"], a["adapted", "adapted"] - a["clip", "clip"]
-    image, text = a["adapted", "clip"] - start, a["clip", "adapted"] - start
-    return pd.Series({"gain": gain, "image": image, "text": text, "interaction": gain - image - text})
+    a, shares = table.set_index(list(PARTS))["accuracy"], dict.fromkeys(PARTS, 0.0)
+    for order in itertools.permutations(PARTS):
+        mixture = dict.fromkeys(PARTS, "clip")
+        for part in order:
+            start = a[tuple(mixture.values())]
+            mixture[part] = "adapted"
+            shares[part] += (a[tuple(mixture.values())] - start) / 6
+    return pd.Series({"gain": sum(shares.values())} | shares)
 
 
 def harmonic_mean(base, novel):
@@ -69,11 +85,9 @@ def improvement_rate(before, after):
 
 def main_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     """``table1.csv`` from the swaps: columns task, half, method, seed, accuracy, low, high; zero-shot once a task."""
-    own = accuracy[(accuracy["image"] == "adapted") & (accuracy["text"] == "adapted")]
-    plain = accuracy[(accuracy["image"] == "clip") & (accuracy["text"] == "clip")]
-    plain = plain.drop_duplicates(["task", "half"]).assign(method="zero-shot", seed=0)
+    plain = whole(accuracy, "clip").drop_duplicates(["task", "half"]).assign(method="zero-shot", seed=0)
     columns = ["task", "half", "method", "seed", "accuracy", "low", "high"]
-    return pd.concat([plain, own])[columns].reset_index(drop=True)
+    return pd.concat([plain, whole(accuracy, "adapted")])[columns].reset_index(drop=True)
 
 
 def seed_means(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from patchsae.data.datasets import Subset
 from patchsae.data.images import Images
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import METHODS, UNTRAINED, Recipe, adaptation_key, adapted_model, halves, unadapted
-from patchsae.studies.adaptation import correlations, group_sizes, swap_table
+from patchsae.studies.adaptation import SIDES, correlations, group_sizes, swap_table, whole
 from patchsae.studies.fidelity import measure
 from patchsae.studies.intervals import wilson_interval
 from patchsae.studies.recovery import read_split
@@ -25,7 +25,7 @@ from patchsae.studies.remapping import PENALTY, concept_readout, image_latents
 from patchsae.studies.study import Study, committed_folder, fingerprint, trained_sae
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.weights.files import result_key
-from patchsae.world.probes import PROBED, fit_readout, image_embeddings
+from patchsae.world.probes import PROBED, fit_readout
 
 #: Methods whose adapted models are committed, because they are small.
 KEPT = ("maple", "coop")
@@ -37,7 +37,7 @@ FIDELITY = ["mse", "l0", "dead", "ev_patch", "ev_cls", "accuracy_original", "acc
 #: Scenes of each split whose patches concepts are read from.
 CONCEPT_IMAGES = 256
 #: Raised when measuring gives other numbers from the same settings.
-VERSION = 1
+VERSIONS = {"accuracy": 2, "transfer": 2, "latents": 1, "concepts": 1}
 #: What a group of rows of each table of the mini profile takes on two cores.
 MINUTES = {"accuracy": 0.4, "transfer": 0.5, "latents": 0.4, "concepts": 0.3}
 
@@ -49,12 +49,6 @@ def images(study: Study, task: str, split: str) -> Images:
     if split == "train":
         ds = Subset(ds, range(len(ds.class_names)), range(min(len(ds), study.profile.adaptation.images)))
     return kept_pixels(study.clip, ds)
-
-
-@functools.lru_cache(maxsize=64)
-def clip_embeddings(study: Study, task: str, classes: range) -> torch.Tensor:
-    """Embeddings of the unadapted tower on the test images of some classes, ``[N,P]``: every method is held to them."""
-    return image_embeddings(study.clip, Subset(images(study, task, "test"), classes))
 
 
 @functools.lru_cache(maxsize=4)
@@ -72,24 +66,21 @@ def first_images(ds: Images, classes: range, n: int) -> Subset:
 # Rows ---------------------------------------------------------------------------------------------------
 
 def accuracy_rows(recipe: Recipe) -> pd.DataFrame:
-    """Accuracy on both halves of a task's test split, with the image tower and the text features of CLIP and of the
-    adapted model in every combination: half, image, text, n, accuracy, low, high."""
+    """Accuracy on both halves of a task's test split, with every mixture of CLIP and the adapted model: half, and the
+    columns of ``swap_table``."""
     study, task, after = recipe.study, recipe.task, adapted_model(recipe)
     test = images(study, task, "test")
-    return pd.concat([swap_table(unadapted(study, task), after, Subset(test, classes),
-                                 clip_embeddings(study, task, classes)).assign(half=half)
+    return pd.concat([swap_table(unadapted(study, task), after, Subset(test, classes), study.layer).assign(half=half)
                       for half, classes in halves(test).items()])
 
 
 def transfer_rows(recipe: Recipe) -> pd.DataFrame:
     """Trained on all classes of a task, tested on all classes of every task: the cross-data-set and domain-shift
-    protocols. Columns target, image, text, n, accuracy, low, high."""
+    protocols. Column target, and those of ``swap_table``, of CLIP and of the adapted model."""
     study, after, rows = recipe.study, adapted_model(recipe), []
     for target in study.profile.adaptation.tasks:
-        test = images(study, target, "test")
-        known = clip_embeddings(study, target, range(len(test.class_names)))
-        table = swap_table(unadapted(study, target), after, test, known)
-        rows.append(table[table["image"] == table["text"]].assign(target=target))
+        table = swap_table(unadapted(study, target), after, images(study, target, "test"), study.layer)
+        rows += [whole(table, side).assign(target=target) for side in SIDES]
     return pd.concat(rows)
 
 
@@ -186,7 +177,7 @@ def _key(name: str, recipe: Recipe) -> str:
     read_with = {} if name in ("accuracy", "transfer") else {
         "autoencoder": fingerprint(study.sae), "layer": study.clip.block(study.layer), "tau": p.latents.tau,
         "images": min(p.adaptation.images, len(recipe.train))}
-    return result_key(VERSION, table=name, model=adaptation_key(recipe), **read_with,
+    return result_key(VERSIONS[name], table=name, model=adaptation_key(recipe), **read_with,
                       tests=[study.images(task, "test").fingerprint() for task in tasks])
 
 

@@ -5,7 +5,7 @@ adaptation a linear readout of the latents must already tell the classes as well
 adaptation must not make the latents tell much more. Both are measured on images that nothing was fitted to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ from patchsae.data.images import Images
 from patchsae.masks import concept_list, patch_concepts
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted
+from patchsae.studies.adaptation import gain_parts, whole
+from patchsae.studies.intervals import percentiles
 from patchsae.studies.recovery import Split
 from patchsae.studies.scores import average_precision
 from patchsae.world.probes import fit_readout, image_embeddings
@@ -75,6 +77,81 @@ def remapped_share(zero_shot: float, adapted: float, readable_before: float) -> 
     if adapted <= zero_shot:
         return float("nan")
     return max(0.0, (min(readable_before, adapted) - zero_shot) / (adapted - zero_shot))
+
+
+#: Measures that are made of a readout of the latents before, which is what defines the truth of a task.
+DEFINING = ("gain not readable before", "readout gains, latents")
+
+
+def measures(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What each way of saying "something new was learned" says of each adapted model, larger where it says so more.
+
+    ``tables``: "accuracy", "readouts", "changes" and "crosscoders" of ``truth_sweep``. One row per task, method, images
+    and seed, with its truth, its ``gain`` on base classes and a column per measure; NaN where it was not taken.
+
+    | measure | |
+    |---|---|
+    | gain not readable before | 1 - ``remapped_share``, by a readout of the latents fitted to all images |
+    | the same, from shots | by a readout fitted to the shots alone |
+    | readout gains, latents; z; class token | accuracy of a readout after less before |
+    | a linear probe falls short | accuracy of the adapted model less that of a probe of the same images |
+    | image side's share | below / gain (``gain_parts``) |
+    | R; variance lost | change outside the dictionary; explained variance before less after |
+    | activations differ | 1 - Pearson's r of log counts |
+    | latents that enter | latents that enter the first ranks, as a share of these |
+    | crosscoder, by norm; and scaling; changed | share of latents that are the adapted tower's alone, or changed |
+    """
+    by = ["task", "truth", "method", "images", "seed"]
+    base = tables["accuracy"].query("half == 'base'")
+    parts = pd.DataFrame({key: gain_parts(rows) for key, rows in base.groupby(by, sort=False)}).T.rename_axis(by)
+    adapted, plain = (whole(base, side).set_index(by)["accuracy"] for side in ("adapted", "clip"))
+    read = tables["readouts"].set_index([*by, "source", "fitted"])["accuracy"].unstack(["source", "fitted"])
+    before = read.xs("zero-shot", level="method").droplevel(["images", "seed"])
+    after, before = read.reindex(parts.index), before.loc[parts.index.get_level_values("task")].set_axis(parts.index)
+    probe = adapted.xs("linear probe", level="method").reindex(parts.index.droplevel("method")).set_axis(parts.index)
+    changes, pairs = (tables[name].set_index(by).reindex(parts.index) for name in ("changes", "crosscoders"))
+
+    def unreadable(fitted: str) -> list[float]:
+        return [1 - remapped_share(*row) for row in zip(plain, adapted, before["latents", fitted])]
+
+    columns = {"gain not readable before": unreadable("all"), "the same, from shots": unreadable("shots")}
+    columns |= {f"readout gains, {source}": after[source, "all"] - before[source, "all"]
+                for source in ("latents", "z", "class token")}
+    columns |= {"a linear probe falls short": adapted - probe, "image side's share": parts["below"] / parts["gain"],
+                "R": changes["R"], "variance lost": changes["ev_clip"] - changes["ev_frozen"],
+                "activations differ": 1 - changes["pearson_log"], "latents that enter": changes["enter"],
+                "crosscoder, by norm": pairs["after_by_norm"], "crosscoder, and scaling": pairs["after"],
+                "crosscoder, changed": pairs["changed"]}
+    return pd.DataFrame({"gain": parts["gain"]} | columns, index=parts.index).reset_index()
+
+
+def areas(table: pd.DataFrame, least_gain: float, draws: int = 2000) -> pd.DataFrame:
+    """How well each of ``measures`` tells "new" from "remap", among models that gained at least so much.
+
+    Columns method, images, measure, area, low, high, remap, new (how many tasks of each).
+
+    area: that under the ROC curve, the chance that a task of new is above one of remap, a tie counting half. Intervals:
+    bootstrap over the tasks of each kind; seeds are averaged first. Left out where a kind has no task.
+    """
+    kept = table[(table["gain"] >= least_gain) & table["truth"].isin(["new", "remap"])]
+    means = kept.groupby(["method", "images", "truth", "task"], sort=False).mean(numeric_only=True)
+    rows = []
+    for (method, images), part in means.groupby(level=["method", "images"], sort=False):
+        for name in part.columns.drop(["gain", "seed"]):
+            values = part[name].dropna()
+            truths = values.index.get_level_values("truth")
+            new, old = (values[truths == truth].to_numpy() for truth in ("new", "remap"))
+            if len(new) and len(old):
+                rng = np.random.default_rng(0)
+                samples = [_area(rng.choice(new, len(new)), rng.choice(old, len(old))) for _ in range(draws)]
+                low, high = percentiles(np.array(samples))
+                rows.append((method, images, name, _area(new, old), low, high, len(old), len(new)))
+    return pd.DataFrame(rows, columns=["method", "images", "measure", "area", "low", "high", "remap", "new"])
+
+
+def _area(new: np.ndarray, old: np.ndarray) -> float:
+    above = new[:, None] - old[None]
+    return float(((above > 0) + (above == 0) / 2).mean())
 
 
 def concept_map(model: Adapted, ds: Images, kinds) -> pd.DataFrame:
