@@ -177,7 +177,7 @@ def patched_share(crosscoder: Crosscoder, after: Adapted, class_names: Sequence[
 # Changes that are known ---------------------------------------------------------------------------------
 
 class Planted(NamedTuple):
-    """Tokens ``after [N,T,D]`` that differ from CLIP's in known ``directions [K,D]`` of unit length, and their kinds."""
+    """Tokens ``after [N,T,D]`` that differ from CLIP's in known ``directions [K,D]`` of unit length, by kind."""
 
     after: torch.Tensor
     directions: torch.Tensor
