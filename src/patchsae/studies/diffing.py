@@ -24,7 +24,7 @@ from patchsae.train import Training
 from patchsae.variants import BatchTopK
 
 #: Training of a crosscoder: images of a step, rate, steps of warming up, steps of silence until a latent is revived.
-BATCH_IMAGES, RATE, WARM_UP, DEAD_AFTER = 16, 2e-3, 100, 64
+BATCH_IMAGES, RATE, WARM_UP, DEAD_AFTER = 8, 2e-3, 100, 64
 #: A latent is of one tower alone from this relative norm on, and where the other tower has so little of it in what is
 #: left of the tokens and in what is reconstructed (Minder et al. 2025).
 NORM, LEFT, RECONSTRUCTED = 0.9, 0.2, 0.5
@@ -32,7 +32,7 @@ NORM, LEFT, RECONSTRUCTED = 0.9, 0.2, 0.5
 #: one counts as found.
 KINDS, EACH, RARE, FOUND = ("added", "with its concept", "rare", "removed"), 5, 0.001, 0.7
 #: Its two decoder rows differ from this on, in lengths of the longer one.
-CHANGED = 0.5
+CHANGED = 0.3
 
 
 class Tokens(NamedTuple):
@@ -112,10 +112,16 @@ class Crosscoder(BatchTopK):
 
 def train_crosscoder(before: torch.Tensor, after: torch.Tensor, n_latents: int, k: int, steps: int,
                      seed: int) -> Crosscoder:
-    """Train a crosscoder of ``n_latents``, k of them active per token, on the tokens of two towers."""
+    """Train a crosscoder of ``n_latents``, k of them active per token, on the tokens of two towers.
+
+    Both decoder rows of a latent start as one, and the encoder as the decoder, so that what training has not touched is
+    the same in both towers.
+    """
     z = torch.cat([before, after], -1)
     crosscoder = Crosscoder(z.shape[-1], n_latents, torch.Generator().manual_seed(seed), "batchtopk", k).to(z.device)
     crosscoder.b_dec.data = z.flatten(0, 1).mean(0)
+    crosscoder.W_dec.data = F.normalize(crosscoder.decoders()[0].detach().repeat(1, 2), dim=1)
+    crosscoder.W_enc.data = crosscoder.W_dec.data.T.clone()
     return _trained(Training(crosscoder, RATE, 0, WARM_UP, DEAD_AFTER), z, steps, BATCH_IMAGES, seed)
 
 

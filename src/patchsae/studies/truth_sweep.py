@@ -36,14 +36,16 @@ FILES = {"accuracy": ["accuracy"], "latents": ["readouts", "changes"], "crosscod
          "planted": ["planted"]}
 #: Of methods that change the image tower, those whose tokens a crosscoder compares with CLIP's, and on how many images.
 COMPARED = (("maple", "shots"), (UNTRAINED, "shots"), ("lora", "all"), ("fine-tuning", "all"))
-#: Methods that leave the image tower as it is: of these there is nothing to compare.
-TEXT_ALONE = ("coop", "linear probe")
+#: Methods that are given all images too. CoOp is not: it learns four words.
+WITH_ALL = ("maple", "lora", "linear probe", "fine-tuning")
 #: Share of the training steps of CLIP's autoencoder that are added to adapt it to another tower or other images.
 STAGE = 0.05
+#: Seeds of planted changes, others than those that the crosscoder's settings were found with, and steps more.
+PLANTED, LONGER = (11, 12, 13), 4
 #: Ranks that end "high" and begin "low", as shares of the dictionary.
 HIGH, LOW = 0.045, 0.45
 #: Of a crosscoder: latents and active latents for one of the autoencoder's, and training steps.
-WIDER, MORE_ACTIVE, STEPS = 2, 1.5, 1500
+WIDER, MORE_ACTIVE, STEPS = 2, 1.5, 1000
 #: Random halves of its latents that are patched.
 RANDOM = 5
 #: Raised when measuring gives other numbers from the same settings.
@@ -170,7 +172,7 @@ def crosscoder_rows(recipe: Recipe) -> pd.DataFrame:
     study, after = recipe.study, adapted_model(recipe)
     ds = base_images(study, recipe.task)[0]
     plain, seen = (read_tokens(tower, ds, study.layer) for tower in (study.clip, after.tower))
-    crosscoder = _crosscoder(study, plain.z, seen.z, recipe.seed)
+    crosscoder = _crosscoder(study, plain.z, seen.z, recipe.seed, STEPS)
     table = diffing.crosscoder_latents(crosscoder, plain.z, seen.z)
     active = table[table["frequency"] > 0]
 
@@ -189,10 +191,10 @@ def crosscoder_rows(recipe: Recipe) -> pd.DataFrame:
         "patched_matched": np.mean(alike), "patched_low": min(alike), "patched_high": max(alike)}])
 
 
-def _crosscoder(study: Study, before: torch.Tensor, after: torch.Tensor, seed: int) -> diffing.Crosscoder:
+def _crosscoder(study: Study, before: torch.Tensor, after: torch.Tensor, seed: int, steps: int) -> diffing.Crosscoder:
     """A crosscoder of a size that goes with the profile's autoencoder."""
     active = round(MORE_ACTIVE * study.profile.sae.k)
-    return diffing.train_crosscoder(before, after, WIDER * study.sae.n_latents, active, STEPS, seed)
+    return diffing.train_crosscoder(before, after, WIDER * study.sae.n_latents, active, steps, seed)
 
 
 def _matched_halves(frequency: np.ndarray, n: int, seed: int) -> list[np.ndarray]:
@@ -209,7 +211,7 @@ def planted_rows(study: Study, seed: int) -> pd.DataFrame:
     split = read_split(study.clip, study.train, study.layer, study.profile.adaptation.images)
     changed, rows = diffing.plant(study.sae, split.z, split.positives, seed), []
     for after, planted in ((split.z, None), (changed.after, changed)):
-        crosscoder = _crosscoder(study, split.z, after, seed)
+        crosscoder = _crosscoder(study, split.z, after, seed, STEPS if planted is None else LONGER * STEPS)
         rows.append(diffing.detected(crosscoder, diffing.crosscoder_latents(crosscoder, split.z, after), planted))
     return pd.concat(rows)
 
@@ -221,12 +223,17 @@ ROWS = {"accuracy": lambda recipe: [accuracy_rows(recipe)], "latents": latent_ro
 
 
 def recipes(study: Study) -> dict[str, list[Recipe]]:
-    """Table -> the adapted models whose rows it has: of three seeds with a few shots, of one with all images."""
+    """Table -> the adapted models whose rows it has.
+
+    Accuracy: every seed with a few shots, the first with all images; latents: the first seed, of MaPLe every one, of what
+    changes the image tower.
+    """
     seeds = study.profile.adaptation.seeds
     few = [Recipe(study, *which) for which in itertools.product(TRUTHS, [*METHODS, UNTRAINED], seeds)]
-    every = [Recipe(study, *which, images="all") for which in itertools.product(TRUTHS, METHODS, seeds[:1])]
+    every = [Recipe(study, *which, images="all") for which in itertools.product(TRUTHS, WITH_ALL, seeds[:1])]
+    changed = [recipe for recipe in few + every if recipe.method not in ("coop", "linear probe")
+               and (recipe.seed == seeds[0] or recipe.method == "maple")]
     plain = [Recipe(study, task, "zero-shot") for task in TRUTHS]
-    changed = [recipe for recipe in few + every if recipe.method not in TEXT_ALONE]
     compared = [recipe for recipe in changed if (recipe.method, recipe.images) in COMPARED and recipe.seed == seeds[0]]
     return {"accuracy": few + every, "latents": plain + changed, "crosscoders": compared}
 
@@ -236,7 +243,7 @@ def _groups(study: Study, name: str) -> list[Group]:
         key = result_key(VERSION, clip=study.clip_key, autoencoder=fingerprint(study.sae),
                          images=study.train.fingerprint())
         return [Group({"seed": seed}, key, functools.partial(_planted, study, seed))
-                for seed in study.profile.adaptation.seeds]
+                for seed in PLANTED]
     return [Group({"task": r.task, "truth": TRUTHS[r.task], "method": r.method, "images": r.images, "seed": r.seed},
                   _key(name, r), functools.partial(_rows, name, r)) for r in recipes(study)[name]]
 
