@@ -6,7 +6,16 @@ rows) and ``schematics`` (drawings of the method) have the figures; ``canvas`` a
 # ruff: noqa: F401
 
 from patchsae.figures.ablation import masking_curves, masking_differences, prediction_maps, side_curves
-from patchsae.figures.adaptation import METHODS, activation_scatter, concept_maps, confusions, group_curves, half_dots
+from patchsae.figures.adaptation import (
+    METHODS,
+    activation_scatter,
+    area_dots,
+    concept_maps,
+    confusions,
+    group_curves,
+    half_dots,
+    truth_dots,
+)
 from patchsae.figures.autoencoder import latent_scatter, pretraining_curves, scatter_panels, sweep, training_curves
 from patchsae.figures.canvas import save, save_table
 from patchsae.figures.interpretability import (

@@ -60,12 +60,13 @@ def masking_differences(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def side_curves(table: pd.DataFrame, by: str, first: str) -> Figure:
     """Figs. 5c, 11, 15 and 16: accuracy against k, a line per (whose latents or autoencoder, which model classifies).
 
-    ``by``: "task" or "mode", a panel for each; ``first``: "selects" or "autoencoder". "clip" and "adapted" are sides.
+    ``by``: "task" or "mode", a panel for each; ``first``: "selects" or "autoencoder". "clip" and "adapted"
+    are sides; "mean prompts" is the adapted one with prompt tokens that say nothing of the image.
     """
-    names = {"clip": "CLIP", "adapted": "MaPLe"}
+    names = {"clip": "CLIP", "adapted": "MaPLe", "mean prompts": "MaPLe, prompts of no image"}
     what = "latents" if first == "selects" else "autoencoder"
     looks = {f"{one}, {two}": Look(f"{what} of {names[one]}, classified by {names[two]}", colour, marker, dashes)
-             for two, colour in (("clip", ORANGE), ("adapted", BLUE))
+             for two, colour in (("clip", ORANGE), ("adapted", BLUE), ("mean prompts", GREEN))
              for one, marker, dashes in (("clip", "o", ""), ("adapted", "s", (3, 1.5)))}
     table = table.assign(sides=table[first] + ", " + table["classifies"])
     height, rotation = (2.1, 0) if by == "mode" else (1.5, 90)

@@ -18,8 +18,9 @@ METHODS = {"zero-shot": Look("zero-shot", INK, "|"), "maple": Look("MaPLe", BLUE
 READINGS = {"zero-shot": METHODS["zero-shot"], "adapted": METHODS["maple"],
             "before": Look("readable before", GREEN, "<"), "after": Look("readable after", ORANGE, ">"),
             "untrained": Look("readable, untrained prompts", GREY, "x")}
-PARTS = {"image": Look("image", ORANGE), "text": Look("text", BLUE, "s"),
-         "interaction": Look("interaction", GREY, "D"), "gain": Look("whole gain", INK, "|")}
+PARTS = {"below": Look("image tokens", ORANGE), "above": Look("what reads them", GREEN, "D"),
+         "text": Look("text", BLUE, "s"), "gain": Look("whole gain", INK, "|")}
+TRUTHS = {"remap": "known concepts", "mixed": "both", "new": "something new"}
 GROUP_LOOKS = {"high": GREEN, "high to low": ORANGE, "low to high": BLUE}
 #: Points of a scatter that are drawn though they are equal.
 MOST_POINTS = 10**6
@@ -31,15 +32,32 @@ MOST_NAMED, MOST_WRITTEN = 60, 12
 def half_dots(table: pd.DataFrame, column: str) -> Figure:
     """Base and novel classes of every task: a dot with its interval for each value of a column.
 
-    ``column``: "method" (table 1), "what" (what can be read from the latents beside what is recognised) or "part" (what
-    image towers, text sides and only both bring of the gain, when they are swapped).
+    ``column``: "method" (table 1), "what" (what can be read from the latents beside what is recognised) or "part" (the
+    share in the gain of each part of the model: image tokens, the blocks and prompts that read them, the text).
     """
+    return _task_dots(table, column, "half", {"base": "base classes", "novel": "novel classes"})
+
+
+@needs("task", "truth", "images", "accuracy", "low", "high")
+def truth_dots(table: pd.DataFrame, column: str) -> Figure:
+    """Tasks of known truth, named with it: a dot with its interval for each value of a column.
+
+    Panels: learned from a few images of each class, and from all of them. ``column``: as in ``half_dots``.
+    """
+    order = [truth for truth in TRUTHS if truth in set(table["truth"])]
+    table = pd.concat([table[table["truth"] == truth] for truth in order])
+    named = table["task"] + ": " + table["truth"].map(TRUTHS)
+    return _task_dots(table.assign(task=named), column, "images", {"shots": "a few images a class", "all": "all images"})
+
+
+def _task_dots(table: pd.DataFrame, column: str, by: str, titles: Mapping[str, str]) -> Figure:
+    """A row for every task, a panel for each value of ``by``, a look for each value of ``column``."""
     looks = {"method": METHODS, "what": READINGS, "part": PARTS}[column]
     table = table.assign(low=table["low"].clip(-1 if column == "part" else 0), high=table["high"].clip(upper=1))
     height = 0.45 + 0.36 * table["task"].nunique()
-    figure, axes = panels(("base classes", "novel classes"), height, sharey=True)
-    for half, panel in zip(("base", "novel"), axes.values()):
-        dots(panel, table[table["half"] == half], "accuracy", "task", column, looks)
+    figure, axes = panels(titles.values(), height, sharey=True)
+    for value, panel in zip(titles, axes.values()):
+        dots(panel, table[table[by] == value], "accuracy", "task", column, looks)
         percent(panel.xaxis)
         if column == "part":
             panel.axvline(0, color=INK, lw=0.6, zorder=1)
@@ -47,6 +65,17 @@ def half_dots(table: pd.DataFrame, column: str) -> Figure:
         else:
             panel.set_xlim(-0.02, 1.02)
     one_legend(figure, ncols=len(looks), columnspacing=1)
+    return figure
+
+
+@needs("measure", "method", "area", "low", "high")
+def area_dots(table: pd.DataFrame) -> Figure:
+    """How well each measure tells tasks that take something new from others: area under the ROC curve, by method."""
+    figure, axes = panels([""], 0.4 + 0.24 * table["measure"].nunique(), width=0.8 * PAGE)
+    dots(axes[""], table, "area", "measure", "method", METHODS)
+    axes[""].axvline(0.5, color=INK, lw=0.6, zorder=1)
+    axes[""].set(xlim=(-0.02, 1.02), xlabel="area under the ROC curve: new above remapped")
+    one_legend(figure, ncols=4)
     return figure
 
 

@@ -14,7 +14,8 @@ import torch
 from scipy.stats import pearsonr, spearmanr, t
 
 from patchsae.ablation import descending, topk_masking
-from patchsae.activations import pixel_batches
+from patchsae.activations import pixel_batches, token_batches
+from patchsae.maple import MaPLe
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted
 from patchsae.studies.intervals import accuracy_table, mean_interval, wilson_interval
@@ -154,17 +155,40 @@ def correlations(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
             "spearman": spearmanr(x, y).statistic}
 
 
+class MeanPrompts(MaPLe):
+    """An adapted model whose prompt tokens at the cut are the same for every image: ``mean [n,D]``.
+
+    Prompt tokens are not masked, and below the cut they have seen the image.
+    """
+
+    def __init__(self, model: MaPLe, mean: torch.Tensor):
+        super().__init__(model, model.prompts, model.token_ids, model.template)
+        self.mean = mean
+
+    def below(self, pixels: torch.Tensor, layer: int) -> torch.Tensor:
+        z = super().below(pixels, layer)
+        return torch.cat([z[:, :self.n_tokens], self.mean.expand(len(z), -1, -1)], 1)
+
+
+def mean_prompts(model: Adapted, ds, layer: int) -> Adapted:
+    """A MaPLe whose prompt tokens at the cut are their means over the images of a data set."""
+    tokens = [batch.z[:, model.tower.n_tokens:] for batch in token_batches(model.tower, ds, layer)]
+    return model._replace(tower=MeanPrompts(model.tower, torch.cat(tokens).mean(0)))
+
+
 def masking_grid(models: Mapping[str, Adapted], sae: SparseAutoencoder, counts: Mapping[str, torch.Tensor], ds,
                  layer: int, ks: Sequence[int], batch_images: int = 64) -> pd.DataFrame:
-    """Fig. 5c, 15, 16: masking with latents selected by the one model's counts and images classified by the other.
+    """Fig. 5c, 15, 16: masking with latents selected by the one model's counts and images classified by another.
 
-    ``models``: side ("clip", "adapted") -> model; ``counts``: side -> class counts ``[C,S]`` of the classes of ``ds``
-    on training images. Columns selects, classifies, mode, k, accuracy, low, high.
+    ``models``: name -> model; ``counts``: side -> class counts ``[C,S]`` of the classes of ``ds`` on training images.
+    Columns selects, classifies, mode, k, accuracy, low, high; nothing on, k = 0, is the same as all off.
     """
     tables = []
-    for selects, classifies in itertools.product(SIDES, SIDES):
+    for selects, classifies in itertools.product(counts, models):
         ranking, model = torch.stack([descending(row) for row in counts[selects]]), models[classifies]
         images = topk_masking(model.tower, sae, ds, None, model.text(ds.class_names), layer, ks, ranking=ranking,
                               per_image="predictions", batch_images=batch_images)
-        tables.append(accuracy_table(images, draws=500).assign(selects=selects, classifies=classifies))
+        table = accuracy_table(images, draws=500)
+        nothing = table[(table["mode"] == "off") & (table["k"] == sae.n_latents)].assign(mode="on", k=0)
+        tables.append(pd.concat([nothing, table]).assign(selects=selects, classifies=classifies))
     return pd.concat(tables)[["selects", "classifies", "mode", "k", "accuracy", "low", "high"]].reset_index(drop=True)

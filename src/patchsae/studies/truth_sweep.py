@@ -225,8 +225,8 @@ ROWS = {"accuracy": lambda recipe: [accuracy_rows(recipe)], "latents": latent_ro
 def recipes(study: Study) -> dict[str, list[Recipe]]:
     """Table -> the adapted models whose rows it has.
 
-    Accuracy: every seed with a few shots, the first with all images; latents: the first seed, of MaPLe every one, of what
-    changes the image tower.
+    Accuracy: every seed with a few shots, the first with all images; latents, of what changes the image tower: the
+    first seed, and of MaPLe every one.
     """
     seeds = study.profile.adaptation.seeds
     few = [Recipe(study, *which) for which in itertools.product(TRUTHS, [*METHODS, UNTRAINED], seeds)]
