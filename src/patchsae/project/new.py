@@ -240,7 +240,8 @@ def description(model: str, pictures: Pictures, tower: Tower, masks: Path | None
                  f"nothing, for want of {'four classes' if text else 'text'}",
              "07_measured_interpretability": "how well latents match the masks" if masks else
                  "nothing, for want of masks",
-             "08_what_holds": "the paper's claims, as far as these tables can tell",
+             "08_remapping": "nothing: only drawn scenes have tasks whose truth is known",
+             "09_what_holds": "the paper's claims, as far as these tables can tell",
              "explorer": "patches, latents, and pictures of yours"}
     return "\n".join([*lines, *(f"  {notebook:<30}{what}" for notebook, what in shown.items())])
 

@@ -192,3 +192,17 @@ def masking_grid(models: Mapping[str, Adapted], sae: SparseAutoencoder, counts: 
         nothing = table[(table["mode"] == "off") & (table["k"] == sae.n_latents)].assign(mode="on", k=0)
         tables.append(pd.concat([nothing, table]).assign(selects=selects, classifies=classifies))
     return pd.concat(tables)[["selects", "classifies", "mode", "k", "accuracy", "low", "high"]].reset_index(drop=True)
+
+
+def who_decides(masking: pd.DataFrame, second: str) -> pd.DataFrame:
+    """What exchanging the counts that select latents, or the model that classifies, makes of accuracy: one row per task.
+
+    ``masking``: of ``masking_grid`` for every ``task``; ``second``: the model beside CLIP. Mean absolute differences
+    over the values of k above 0 with latents on: columns "by who selects" and "by who classifies".
+    """
+    at = masking[(masking["mode"] == "on") & (masking["k"] > 0)].pivot_table(
+        index=["task", "k"], columns=["selects", "classifies"], values="accuracy", sort=False)
+    selects = sum((at["adapted", side] - at["clip", side]).abs() for side in ("clip", second)) / 2
+    classifies = sum((at[side, second] - at[side, "clip"]).abs() for side in SIDES) / 2
+    made = pd.DataFrame({"by who selects": selects, "by who classifies": classifies})
+    return made.groupby("task", sort=False).mean()
