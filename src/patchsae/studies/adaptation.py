@@ -195,7 +195,7 @@ def masking_grid(models: Mapping[str, Adapted], sae: SparseAutoencoder, counts: 
 
 
 def who_decides(masking: pd.DataFrame, second: str) -> pd.DataFrame:
-    """What exchanging the counts that select latents, or the model that classifies, makes of accuracy: one row per task.
+    """What exchanging the counts that select, or the model that classifies, makes of accuracy: one row per task.
 
     ``masking``: of ``masking_grid`` for every ``task``; ``second``: the model beside CLIP. Mean absolute differences
     over the values of k above 0 with latents on: columns "by who selects" and "by who classifies".
