@@ -1,6 +1,8 @@
 """Before and after: swaps, groups, rates, masking by either side, readouts; known extremes and slow twins."""
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pandas as pd
@@ -53,29 +55,89 @@ def few(pixel_data):
 
 # Accuracies ---------------------------------------------------------------------------------------------
 
-def test_swaps_take_the_tower_of_one_and_the_text_of_the_other(models, few):
+MIXTURES = list(itertools.product(adaptation.SIDES, repeat=3))
+
+
+def slow_hits(before, after, ds):
+    """Image by image: image tokens of one model, read by another beside its own prompt tokens, told by a third."""
+    models, hits = dict(zip(adaptation.SIDES, (before, after))), {mixture: [] for mixture in MIXTURES}
+    text, n = {side: model.text(NAMES) for side, model in models.items()}, before.tower.n_tokens
+    for i in range(len(ds)):
+        z = {side: model.tower.below(ds.pixels[i:i + 1], LAYER) for side, model in models.items()}
+        for below, above, words in MIXTURES:
+            embedding = models[above].tower.above(torch.cat([z[below][:, :n], z[above][:, n:]], 1), LAYER)
+            cosine = torch.nn.functional.cosine_similarity(embedding, text[words])
+            hits[below, above, words].append(int(cosine.argmax()) == ds.labels[i])
+    return hits
+
+
+def test_swaps_mix_image_tokens_the_blocks_that_read_them_and_text(models, few):
     before, after = models
-    found = adaptation.swap_hits(before, after, few)
-    for image, tower in (("clip", before.tower), ("adapted", after.tower)):
-        for words, text in (("clip", before.text(NAMES)), ("adapted", after.text(NAMES))):
-            for i in range(len(few)):
-                embedding = tower.above(tower.below(few.pixels[i:i + 1], LAYER), LAYER)[0]
-                cosine = torch.nn.functional.cosine_similarity(embedding[None], text)
-                assert found[image, words][i] == (int(cosine.argmax()) == few.labels[i])
-    table = adaptation.swap_table(before, after, few)
-    assert len(table) == 4 and (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
-    assert (adaptation.swap_table(before, before, few)["accuracy"].nunique()) == 1
-    known = adaptation.image_embeddings(before.tower, few)
-    pd.testing.assert_frame_equal(adaptation.swap_table(before, after, few, known), table)
-    assert not adaptation.swap_table(before, after, few, known.flip(0)).equals(table)  # they are what is used
+    assert after.tower.below(few.pixels[:1], LAYER).shape[1] == before.tower.n_tokens + 2
+    found = adaptation.swap_hits(before, after, few, LAYER)
+    assert {mixture: hits.tolist() for mixture, hits in found.items()} == slow_hits(before, after, few)
+    assert list(found) == MIXTURES and len({hits.tobytes() for hits in found.values()}) > 4
 
 
-def test_parts_of_a_gain_add_up():
-    sides = [("clip", "clip"), ("adapted", "clip"), ("clip", "adapted"), ("adapted", "adapted")]
-    table = pd.DataFrame(sides, columns=["image", "text"]).assign(accuracy=[0.4, 0.45, 0.6, 0.9])
-    parts = adaptation.gain_parts(table)
-    assert np.allclose(parts[["gain", "image", "text", "interaction"]], [0.5, 0.05, 0.2, 0.25])
-    assert np.isclose(parts["gain"], parts[["image", "text", "interaction"]].sum())
+def test_swaps_at_another_cut_have_the_same_whole_models(models, few):
+    found = [adaptation.swap_hits(*models, few, layer) for layer in (LAYER, 0)]
+    for side in adaptation.SIDES:
+        assert np.array_equal(*(hits[side, side, side] for hits in found))
+    assert any((found[0][mixture] != found[1][mixture]).any() for mixture in MIXTURES)
+
+
+def test_swap_table_has_every_mixture_and_its_interval(models, few):
+    table, hits = adaptation.swap_table(*models, few, LAYER), adaptation.swap_hits(*models, few, LAYER)
+    assert list(table.columns) == ["below", "above", "text", "n", "accuracy", "low", "high"]
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+    for row in table.itertuples():
+        assert row.n == len(few) and row.accuracy == hits[row.below, row.above, row.text].mean()
+    assert adaptation.swap_table(models[0], models[0], few, LAYER)["accuracy"].nunique() == 1
+    for side in adaptation.SIDES:
+        row, = adaptation.whole(table, side).itertuples()
+        assert (row.below, row.above, row.text) == (side,) * 3
+
+
+def mixtures_with(accuracy):
+    """A table of swaps from accuracy as a function of which of below, above and text are adapted (0 or 1)."""
+    return pd.DataFrame([dict(zip(adaptation.PARTS, mixture)) | {"accuracy": accuracy(
+        *(int(side == "adapted") for side in mixture))} for mixture in MIXTURES])
+
+
+def slow_shares(accuracy):
+    """Shapley values from their formula: over all sets of other parts, s! (2 - s)! / 3! times what a part adds."""
+    shares = []
+    for part in range(3):
+        others, share = [i for i in range(3) if i != part], 0.0
+        for size in range(3):
+            for members in itertools.combinations(others, size):
+                without = [int(i in members) for i in range(3)]
+                having = [int(i in (*members, part)) for i in range(3)]
+                weight = math.factorial(size) * math.factorial(2 - size) / 6
+                share += weight * (accuracy(*having) - accuracy(*without))
+        shares.append(share)
+    return shares
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_of_a_gain_add_up_and_are_shapley_values(seed):
+    values = np.random.default_rng(seed).random((2, 2, 2))
+    table = mixtures_with(lambda *which: values[which])
+    parts = adaptation.gain_parts(table.sample(frac=1, random_state=seed))
+    assert list(parts.index) == ["gain", "below", "above", "text"]
+    assert np.isclose(parts["gain"], values[1, 1, 1] - values[0, 0, 0])
+    assert np.isclose(parts["gain"], parts[["below", "above", "text"]].sum())
+    assert np.allclose(parts[["below", "above", "text"]], slow_shares(lambda *which: values[which]))
+
+
+def test_a_part_that_does_nothing_gains_nothing():
+    parts = adaptation.gain_parts(mixtures_with(lambda below, above, text: 0.3 + 0.1 * below + 0.2 * below * text))
+    assert np.allclose(parts[["gain", "below", "above", "text"]], [0.3, 0.2, 0, 0.1])
+
+
+def test_parts_that_are_interchangeable_share_alike():
+    parts = adaptation.gain_parts(mixtures_with(lambda below, above, text: 0.4 + 0.3 * (below and text) - 0.1 * above))
+    assert np.allclose(parts[["gain", "below", "above", "text"]], [0.2, 0.15, -0.1, 0.15])
 
 
 def test_rates_and_means_at_their_known_values():
@@ -95,13 +157,15 @@ def test_means_over_seeds_have_t_intervals():
 
 
 def test_main_table_has_zero_shot_once_and_both_halves():
-    rows = [{"task": task, "half": half, "method": method, "seed": seed, "image": image, "text": text, "n": 4,
-             "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    rows = [{"task": task, "half": half, "method": method, "seed": seed, "n": 4, "low": 0.4, "high": 0.6,
+             "accuracy": {("clip",) * 3: 0.5, ("adapted",) * 3: 0.7}.get(mixture, 0.1)} | dict(
+                 zip(adaptation.PARTS, mixture))
             for task in ("x", "y") for half in ("base", "novel") for method in ("maple", "coop") for seed in (1, 2)
-            for image in ("clip", "adapted") for text in ("clip", "adapted")]
+            for mixture in MIXTURES]
     table = adaptation.main_table(pd.DataFrame(rows))
     assert list(table.columns) == ["task", "half", "method", "seed", "accuracy", "low", "high"]
     assert (table["method"] == "zero-shot").sum() == 4 and len(table) == 4 + 16
+    assert (table["accuracy"] == np.where(table["method"] == "zero-shot", 0.5, 0.7)).all()
 
 
 # Latents ------------------------------------------------------------------------------------------------
@@ -274,7 +338,7 @@ def study_of(profile, clip):
 
 def test_without_committed_tables_small_ones_are_made_in_the_run_folder(study, monkeypatch):
     made = sweep.tables(study)
-    assert {name: len(table) for name, table in made.items()} == {"accuracy": 16, "transfer": 0, "latents": 6,
+    assert {name: len(table) for name, table in made.items()} == {"accuracy": 32, "transfer": 0, "latents": 6,
                                                                   "concepts": 0}
     assert set(made["accuracy"]["method"]) == {"maple", UNTRAINED} and set(made["latents"]["task"]) == {"nouns"}
     assert not made["accuracy"].attrs["current"]
