@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LAYER, SIDE, WIDTH, one_sentence, random_sae
+from scipy.stats import mannwhitneyu
 from test_fidelity import perfect_sae
 
 from patchsae import ArrayDataset, load_profile
@@ -293,6 +294,160 @@ def test_concepts_that_are_in_the_latents_are_read():
     assert table["kind"].tolist() == ["background"] * 3 + ["style"] and table["ap"].min() > 0.95
     noise = remapping.concept_readout(perfect_sae(), split(False), split(False), kinds)
     assert (noise["ap"] - noise["share"]).abs().max() < 0.15  # chance is the share
+
+
+BY = ["task", "truth", "method", "images", "seed"]
+SOURCES = [(source, fitted) for source in ("latents", "z", "class token") for fitted in ("shots", "all")]
+
+
+@pytest.fixture
+def measured():
+    """The tables that measures are made of, full of random numbers: three tasks, shots of two seeds, all images."""
+    rng, tables = np.random.default_rng(0), {name: [] for name in ("accuracy", "readouts", "changes", "crosscoders")}
+    for task, truth in (("b", "remap"), ("a", "new"), ("c", "mixed")):
+        plain = dict(zip(BY, (task, truth, "zero-shot", "shots", 0)))
+        tables["readouts"] += [plain | {"source": source, "fitted": fitted, "accuracy": rng.uniform(0.5, 1)}
+                               for source, fitted in [*SOURCES, ("pixels", "all")]]
+        tables["changes"].append(plain | {"ev_clip": 0.9})
+        start = rng.uniform(0.2, 0.4, 2)
+        for method, (images, seed) in itertools.product(("linear probe", "maple", "lora"),
+                                                        (("shots", 1), ("shots", 2), ("all", 1))):
+            which = dict(zip(BY, (task, truth, method, images, seed)))
+            for (half, zero_shot), mixture in itertools.product(zip(("base", "novel"), start), MIXTURES):
+                accuracy = zero_shot if mixture == ("clip",) * 3 else rng.uniform(0.5, 0.9)
+                tables["accuracy"].append(which | dict(zip(adaptation.PARTS, mixture)) | {
+                    "half": half, "accuracy": accuracy})
+            if method != "linear probe":
+                tables["readouts"] += [which | {"source": source, "fitted": fitted, "accuracy": rng.random()}
+                                       for source, fitted in SOURCES]
+                tables["changes"].append(which | {name: rng.random() for name in (
+                    "R", "ev_clip", "ev_frozen", "pearson_log", "enter")})
+            if (method, images) in (("maple", "shots"), ("lora", "all")) and seed == 1:
+                tables["crosscoders"].append(which | {name: rng.random() for name in (
+                    "before_by_norm", "after_by_norm", "before", "after", "changed")})
+    return {name: pd.DataFrame(rows) for name, rows in tables.items()}
+
+
+def only(table, column, **which):
+    """The one value of a column in the rows that are asked for; NaN without any."""
+    rows = table
+    for name, value in which.items():
+        rows = rows[rows[name] == value]
+    return rows[column].item() if len(rows) else np.nan
+
+
+def slow_measures(tables, which):
+    """One row, value by value."""
+    accuracy = tables["accuracy"][tables["accuracy"]["half"] == "base"]
+    own = accuracy[(accuracy[BY] == pd.Series(which)).all(axis=1)]
+    values = {mixture: only(own, "accuracy", **dict(zip(adaptation.PARTS, mixture))) for mixture in MIXTURES}
+    adapted, plain = values[("adapted",) * 3], values[("clip",) * 3]
+    below = slow_shares(lambda *which: values[tuple(adaptation.SIDES[i] for i in which)])[0]
+    whole = dict.fromkeys(adaptation.PARTS, "adapted")
+    probe = only(accuracy, "accuracy", **which | whole | {"method": "linear probe"})
+
+    def read(source, fitted, **of):
+        return only(tables["readouts"], "accuracy", task=which["task"], source=source, fitted=fitted, **of)
+
+    def readable(fitted):
+        return max(0, (min(read("latents", fitted, method="zero-shot"), adapted) - plain) / (adapted - plain))
+
+    def gain(source):
+        return read(source, "all", **{name: which[name] for name in ("method", "images", "seed")}) - read(
+            source, "all", method="zero-shot")
+
+    changes = {name: only(tables["changes"], name, **which) for name in
+               ("R", "ev_clip", "ev_frozen", "pearson_log", "enter")}
+    pairs = {name: only(tables["crosscoders"], name, **which) for name in ("after_by_norm", "after", "changed")}
+    return which | {
+        "gain": adapted - plain, "gain not readable before": 1 - readable("all"),
+        "the same, from shots": 1 - readable("shots"), "readout gains, latents": gain("latents"),
+        "readout gains, z": gain("z"), "readout gains, class token": gain("class token"),
+        "a linear probe falls short": adapted - probe, "image side's share": below / (adapted - plain),
+        "R": changes["R"], "variance lost": changes["ev_clip"] - changes["ev_frozen"],
+        "activations differ": 1 - changes["pearson_log"], "latents that enter": changes["enter"],
+        "crosscoder, by norm": pairs["after_by_norm"], "crosscoder, and scaling": pairs["after"],
+        "crosscoder, changed": pairs["changed"]}
+
+
+def test_measures_equal_look_ups(measured):
+    found = remapping.measures(measured)
+    assert len(found) == 3 * 3 * 3
+    expected = pd.DataFrame([slow_measures(measured, dict(zip(BY, row))) for row in found[BY].itertuples(index=False)])
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    assert set(remapping.DEFINING) < set(found.columns)
+    assert (found["a linear probe falls short"][found["method"] == "linear probe"] == 0).all()
+
+
+def test_measures_do_not_depend_on_the_order_of_rows(measured):
+    shuffled = {name: table.sample(frac=1, random_state=3) for name, table in measured.items()}
+    found, expected = (remapping.measures(tables).sort_values(BY, ignore_index=True) for tables in (shuffled, measured))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def told_apart(new, remap, **columns):
+    """A table of measures of one method: lists of values, one list a task, one value a seed."""
+    rows = [{"task": f"{truth} {i}", "truth": truth, "method": "maple", "images": "shots", "seed": seed, "gain": 0.3,
+             "measure": value} | columns for truth, tasks in (("new", new), ("remap", remap))
+            for i, values in enumerate(tasks) for seed, value in enumerate(values)]
+    return pd.DataFrame(rows)
+
+
+def area(table, least_gain=0.1):
+    row, = remapping.areas(table, least_gain, draws=200).to_dict("records")
+    return row
+
+
+@pytest.mark.parametrize("new, remap, value", [
+    ([[3], [4]], [[1], [2]], 1), ([[1], [2]], [[3], [4]], 0), ([[1], [1]], [[1], [1], [1]], 0.5),
+    ([[1], [3]], [[2], [2]], 0.5), ([[1], [3]], [[1], [2]], 0.625)])
+def test_areas_at_their_known_values(new, remap, value):
+    row = area(told_apart(new, remap))
+    assert list(row) == ["method", "images", "measure", "area", "low", "high", "remap", "new"]
+    assert (row["method"], row["images"], row["measure"]) == ("maple", "shots", "measure")
+    assert row["area"] == value and row["low"] <= value <= row["high"]
+    assert (row["new"], row["remap"]) == (len(new), len(remap))
+    if value in (0, 1):
+        assert row["low"] == row["high"] == value
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_areas_are_those_of_mann_and_whitney(seed):
+    rng = np.random.default_rng(seed)
+    new, remap = rng.integers(0, 6, (7, 1)) + 1, rng.integers(0, 6, (5, 1))
+    assert np.isclose(area(told_apart(new, remap))["area"], mannwhitneyu(new[:, 0], remap[:, 0]).statistic / 35)
+
+
+def test_intervals_of_areas_lie_around_them():
+    rng = np.random.default_rng(3)
+    new, remap = rng.normal(0.5, 1, (8, 1)), rng.normal(0, 1, (8, 1))
+    row = area(told_apart(new, remap))
+    assert row["low"] < row["area"] < row["high"] and 0.2 < row["high"] - row["low"] < 0.7
+
+
+def test_seeds_are_averaged_before_tasks_are_compared():
+    assert area(told_apart([[0, 9], [5, 5]], [[4, 4], [1, 7]]))["area"] == 1
+    assert area(told_apart([[np.nan, 9], [5, 5]], [[4, 4], [np.nan, np.nan]]))["remap"] == 1
+
+
+def test_areas_are_of_models_that_gained_and_of_tasks_of_two_kinds():
+    table = told_apart([[3], [4]], [[5], [2]])
+    table.loc[2, "gain"] = 0.0999
+    table.loc[3, "gain"] = 0.1
+    mixed = told_apart([[0]], [[9]]).assign(truth="mixed")
+    assert area(pd.concat([table, mixed]))["area"] == 1 and area(pd.concat([table, mixed]), 0)["area"] == 0.5
+    for new, remap in (([], [[1]]), ([[1]], []), ([[np.nan]], [[1]])):
+        assert remapping.areas(told_apart(new, remap), 0.1, draws=5).empty
+    assert list(remapping.areas(told_apart([[1]], []), 0.1).columns)[:3] == ["method", "images", "measure"]
+
+
+def test_areas_are_of_each_method_and_measure(measured):
+    table = remapping.areas(remapping.measures(measured), 0, draws=20)
+    assert set(zip(table["method"], table["images"])) == set(itertools.product(("maple", "lora", "linear probe"),
+                                                                              ("shots", "all")))
+    maple = table[(table["method"] == "maple") & (table["images"] == "all")]
+    assert not maple["measure"].str.startswith("crosscoder").any() and len(maple) == 11
+    assert (table["new"] == 1).all() and table["area"].isin([0, 0.5, 1]).all()
 
 
 def test_a_concept_map_shows_what_presence_does(monkeypatch):
