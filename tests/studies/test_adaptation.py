@@ -254,14 +254,30 @@ def test_masking_grid_selects_by_one_side_and_classifies_by_the_other(models, fe
     counts = {side: collect_latents(m.tower, sae, few, LAYER, n_reference=3).class_counts
               for side, m in zip(adaptation.SIDES, models)}
     table = adaptation.masking_grid(dict(zip(adaptation.SIDES, models)), sae, counts, few, LAYER, [2, "all"])
-    assert len(table) == 4 * 6
+    assert len(table) == 4 * 7
     lat = collect_latents(before.tower, sae, few, LAYER, n_reference=3)
     direct = topk_masking(before.tower, sae, few, lat, before.text(NAMES), LAYER, [2, "all"])
     own = table[(table["selects"] == "clip") & (table["classifies"] == "clip")].set_index(["mode", "k"])["accuracy"]
     summed = direct.groupby(["mode", "k"])[["correct", "n"]].sum()
-    assert np.allclose(own.sort_index(), (summed["correct"] / summed["n"]).sort_index())
+    assert np.allclose(own.drop(("on", 0)).sort_index(), (summed["correct"] / summed["n"]).sort_index())
+    assert own["on", 0] == own["off", 20]
     whole = table[table["mode"] == "original"].groupby("classifies")["accuracy"].nunique()
     assert whole.eq(1).all()  # who selects cannot matter where nothing is masked
+    third = adaptation.masking_grid({"third": after}, sae, {"clip": counts["clip"]}, few, LAYER, [2, "all"])
+    pair = table[(table["selects"] == "clip") & (table["classifies"] == "adapted")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(third, pair.assign(classifies="third"))
+
+
+def test_mean_prompts_are_the_same_for_every_image_and_all_else_is_as_it_was(models, few):
+    after = models[1]
+    mean, n = adaptation.mean_prompts(after, few, LAYER), after.tower.n_tokens
+    z, whole = (model.tower.below(few.pixels, LAYER) for model in (mean, after))
+    assert torch.equal(z[:, :n], whole[:, :n]) and mean.text is after.text
+    expected = sum(whole[i, n:] for i in range(len(few))) / len(few)
+    for image in z[:, n:]:
+        torch.testing.assert_close(image, expected)
+    assert (whole[:, n:] - expected).abs().max() > 1e-3
+    assert torch.equal(mean.tower.above(z, LAYER), after.tower.above(z, LAYER))
 
 
 # What can be read ---------------------------------------------------------------------------------------
@@ -302,7 +318,7 @@ SOURCES = [(source, fitted) for source in ("latents", "z", "class token") for fi
 
 @pytest.fixture
 def measured():
-    """The tables that measures are made of, full of random numbers: three tasks, shots of two seeds, all images."""
+    """Rows of the tables that measures are made of, full of random numbers: three tasks, two seeds, all images."""
     rng, tables = np.random.default_rng(0), {name: [] for name in ("accuracy", "readouts", "changes", "crosscoders")}
     for task, truth in (("b", "remap"), ("a", "new"), ("c", "mixed")):
         plain = dict(zip(BY, (task, truth, "zero-shot", "shots", 0)))
@@ -325,21 +341,24 @@ def measured():
             if (method, images) in (("maple", "shots"), ("lora", "all")) and seed == 1:
                 tables["crosscoders"].append(which | {name: rng.random() for name in (
                     "before_by_norm", "after_by_norm", "before", "after", "changed")})
+    return tables
+
+
+def frames(tables):
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}
 
 
-def only(table, column, **which):
+def only(rows, column, **which):
     """The one value of a column in the rows that are asked for; NaN without any."""
-    rows = table
-    for name, value in which.items():
-        rows = rows[rows[name] == value]
-    return rows[column].item() if len(rows) else np.nan
+    values = [row[column] for row in rows if which.items() <= row.items()]
+    assert len(values) <= 1
+    return values[0] if values else np.nan
 
 
 def slow_measures(tables, which):
     """One row, value by value."""
-    accuracy = tables["accuracy"][tables["accuracy"]["half"] == "base"]
-    own = accuracy[(accuracy[BY] == pd.Series(which)).all(axis=1)]
+    accuracy = [row for row in tables["accuracy"] if row["half"] == "base"]
+    own = [row for row in accuracy if which.items() <= row.items()]
     values = {mixture: only(own, "accuracy", **dict(zip(adaptation.PARTS, mixture))) for mixture in MIXTURES}
     adapted, plain = values[("adapted",) * 3], values[("clip",) * 3]
     below = slow_shares(lambda *which: values[tuple(adaptation.SIDES[i] for i in which)])[0]
@@ -371,7 +390,7 @@ def slow_measures(tables, which):
 
 
 def test_measures_equal_look_ups(measured):
-    found = remapping.measures(measured)
+    found = remapping.measures(frames(measured))
     assert len(found) == 3 * 3 * 3
     expected = pd.DataFrame([slow_measures(measured, dict(zip(BY, row))) for row in found[BY].itertuples(index=False)])
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
@@ -380,8 +399,9 @@ def test_measures_equal_look_ups(measured):
 
 
 def test_measures_do_not_depend_on_the_order_of_rows(measured):
-    shuffled = {name: table.sample(frac=1, random_state=3) for name, table in measured.items()}
-    found, expected = (remapping.measures(tables).sort_values(BY, ignore_index=True) for tables in (shuffled, measured))
+    tables = frames(measured)
+    shuffled = {name: table.sample(frac=1, random_state=3) for name, table in tables.items()}
+    found, expected = (remapping.measures(some).sort_values(BY, ignore_index=True) for some in (shuffled, tables))
     pd.testing.assert_frame_equal(found, expected)
 
 
@@ -442,7 +462,7 @@ def test_areas_are_of_models_that_gained_and_of_tasks_of_two_kinds():
 
 
 def test_areas_are_of_each_method_and_measure(measured):
-    table = remapping.areas(remapping.measures(measured), 0, draws=20)
+    table = remapping.areas(remapping.measures(frames(measured)), 0, draws=20)
     assert set(zip(table["method"], table["images"])) == set(itertools.product(("maple", "lora", "linear probe"),
                                                                               ("shots", "all")))
     maple = table[(table["method"] == "maple") & (table["images"] == "all")]

@@ -290,6 +290,14 @@ def fast(monkeypatch):
     monkeypatch.setattr(diffing, "WARM_UP", 10)
 
 
+def test_training_starts_with_latents_that_are_the_same_in_both_towers():
+    start = diffing.train_crosscoder(*sparse_towers(), 20, 2, 0, 1)
+    first, second = start.decoders()
+    assert torch.equal(first, second)
+    torch.testing.assert_close(start.W_enc.data, start.W_dec.data.T)
+    torch.testing.assert_close(start.W_dec.norm(dim=1), torch.ones(20))
+
+
 def test_trained_on_two_towers_it_reconstructs_both(fast):
     pair = sparse_towers()
     both = torch.cat(pair, -1)
@@ -601,13 +609,14 @@ def test_a_direction_without_an_active_latent_is_not_found():
 
 def test_each_rule_names_by_its_own_column():
     crosscoder, table, planted = hand_made()
-    for rule, change in zip(RULES, ({"relative_norm": 0.8}, {"specific": ""}, {"change": 0.4})):
+    for rule, change in zip(RULES, (
+            {"relative_norm": diffing.NORM - 0.01}, {"specific": ""}, {"change": diffing.CHANGED - 0.01})):
         other = named(table, 7, **change)
         found = diffing.detected(crosscoder, other, planted)
         missed = (found["rule"] == rule) & (found["kind"] == "with its concept")
         assert (found["recall"] == np.where(missed, 0.8, 1)).all()
     at_the_bounds = table.assign(relative_norm=table["relative_norm"].map({1: 0.9, 0: 0.1, 0.5: 0.89}),
-                                 change=table["change"].map({1: 0.5, 0: 0.49}))
+                                 change=table["change"].map({1: diffing.CHANGED, 0: diffing.CHANGED - 0.01}))
     found = diffing.detected(crosscoder, at_the_bounds, planted)
     assert (found["recall"] == 1).all() and (found["false_positives"] == 0).all()
 

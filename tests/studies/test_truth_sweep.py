@@ -12,7 +12,7 @@ from conftest import random_sae
 from patchsae.config import MethodSettings
 from patchsae.studies import truth_sweep
 from patchsae.studies.adapt import METHODS, UNTRAINED, Recipe, adaptation_key, adapted_model, halves
-from patchsae.studies.diffing import read_tokens
+from patchsae.studies.diffing import CHANGED, read_tokens
 from patchsae.studies.recovery import Split
 from patchsae.studies.study import Study
 from patchsae.world.dataset import SceneDataset
@@ -173,7 +173,7 @@ def made_up(small, monkeypatch):
     patched = []
     table = pd.DataFrame({"frequency": [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
                           "relative_norm": [1, 0.95, 0.9, 0.05, 0.5, 0.15, 0.6, 0.4],
-                          "change": [2, 0.5, 0.4, 0.6, 0, 0, 0, 0],
+                          "change": [2, CHANGED, 0.9 * CHANGED, 1.1 * CHANGED, 0, 0, 0, 0],
                           "specific": ["after", "after", "", "before", "", "", "", ""]})
     monkeypatch.setattr(truth_sweep.diffing, "crosscoder_latents", lambda *_: table)
 
@@ -232,20 +232,18 @@ def test_planted_changes_are_looked_for_and_so_is_nothing(small, monkeypatch):
 # Tables -------------------------------------------------------------------------------------------------
 
 def test_recipes_are_of_every_task_with_shots_of_all_seeds_and_all_images_of_one(small):
-    chosen = truth_sweep.recipes(small)
+    chosen, n = truth_sweep.recipes(small), len(TRUTHS)
     assert list(chosen) == ["accuracy", "latents", "crosscoders"]
-    n, few, every = len(TRUTHS), len(METHODS) + 1, len(METHODS)
-    assert len(chosen["accuracy"]) == n * (3 * few + every)
-    assert {r.seed for r in chosen["accuracy"] if r.images == "all"} == {1}
-    assert {r.seed for r in chosen["accuracy"] if r.images == "shots"} == {1, 2, 3}
     assert {r.task for r in chosen["accuracy"]} == set(TRUTHS)
-    methods = Counter((r.method, r.images) for r in chosen["latents"])
-    changed = ("maple", "lora", "fine-tuning")
-    assert methods == {(method, "shots"): 3 * n for method in (*changed, UNTRAINED)} | {
-        (method, "all"): n for method in changed} | {("zero-shot", "shots"): n}
-    assert Counter((r.method, r.images) for r in chosen["crosscoders"]) == dict.fromkeys(
-        [("maple", "shots"), (UNTRAINED, "shots"), ("lora", "all"), ("fine-tuning", "all")], n)
-    assert {r.seed for r in chosen["crosscoders"]} == {1}
+    every = {(method, "all", 1): n for method in METHODS if method != "coop"}
+    assert Counter((r.method, r.images, r.seed) for r in chosen["accuracy"]) == every | {
+        (method, "shots", seed): n for method in (*METHODS, UNTRAINED) for seed in (1, 2, 3)}
+    shots = [("maple", seed) for seed in (1, 2, 3)] + [("lora", 1), ("fine-tuning", 1), (UNTRAINED, 1), ("zero-shot", 0)]
+    assert Counter((r.method, r.images, r.seed) for r in chosen["latents"]) == {
+        (method, "shots", seed): n for method, seed in shots} | {
+        (method, "all", 1): n for method in ("maple", "lora", "fine-tuning")}
+    assert Counter((r.method, r.images, r.seed) for r in chosen["crosscoders"]) == {
+        (method, images, 1): n for method, images in truth_sweep.COMPARED}
 
 
 def test_every_row_has_a_key_and_a_name_of_its_own(small):
@@ -255,7 +253,7 @@ def test_every_row_has_a_key_and_a_name_of_its_own(small):
         if name != "planted":
             assert len({group.key for group in groups}) == len(groups)
             assert all(group.names["truth"] == TRUTHS[group.names["task"]] for group in groups)
-    assert [group.names["seed"] for group in truth_sweep._groups(small, "planted")] == [1, 2, 3]
+    assert [group.names["seed"] for group in truth_sweep._groups(small, "planted")] == list(truth_sweep.PLANTED)
 
 
 def test_keys_tell_apart_what_rows_depend_on(small, clip):
@@ -287,6 +285,7 @@ def test_a_profile_without_scenes_has_empty_tables_and_says_why(small):
 def test_tables_are_filled_once_and_read_as_they_are(small, monkeypatch):
     monkeypatch.setattr(truth_sweep, "TRUTHS", {TASK: "new"})
     monkeypatch.setattr(truth_sweep, "METHODS", ("maple", "linear probe"))
+    monkeypatch.setattr(truth_sweep, "WITH_ALL", ("linear probe",))
     monkeypatch.setattr(truth_sweep, "planted_rows", lambda study, seed: pd.DataFrame([{"rule": "norm", "seen": seed}]))
     assert all(table.empty and "make mini-artifacts" in table.attrs["note"]
                for table in truth_sweep.tables(small).values())
@@ -294,7 +293,7 @@ def test_tables_are_filled_once_and_read_as_they_are(small, monkeypatch):
     made = truth_sweep.tables(small)
     assert all(table.attrs == {"current": True, "note": ""} for table in made.values())
     assert {name: len(table) for name, table in made.items()} == {
-        "accuracy": 16 * (3 * 3 + 2), "readouts": 8 + 6 * 7, "changes": 1 + 7, "crosscoders": 2, "planted": 3}
+        "accuracy": 16 * (3 * 3 + 1), "readouts": 8 + 6 * 4, "changes": 1 + 4, "crosscoders": 2, "planted": 3}
     columns = ["task", "truth", "method", "images", "seed", "key"]
     assert all(list(made[name].columns[:6]) == columns for name in ("accuracy", "readouts", "changes", "crosscoders"))
     for name in ("accuracy_rows", "latent_rows", "crosscoder_rows", "planted_rows", "adapted_model"):
