@@ -238,9 +238,9 @@ def test_recipes_are_of_every_task_with_shots_of_all_seeds_and_all_images_of_one
     every = {(method, "all", 1): n for method in METHODS if method != "coop"}
     assert Counter((r.method, r.images, r.seed) for r in chosen["accuracy"]) == every | {
         (method, "shots", seed): n for method in (*METHODS, UNTRAINED) for seed in (1, 2, 3)}
-    shots = [("maple", seed) for seed in (1, 2, 3)] + [("lora", 1), ("fine-tuning", 1), (UNTRAINED, 1), ("zero-shot", 0)]
+    few = [(method, 1) for method in ("lora", "fine-tuning", UNTRAINED)] + [("maple", seed) for seed in (1, 2, 3)]
     assert Counter((r.method, r.images, r.seed) for r in chosen["latents"]) == {
-        (method, "shots", seed): n for method, seed in shots} | {
+        (method, "shots", seed): n for method, seed in [*few, ("zero-shot", 0)]} | {
         (method, "all", 1): n for method in ("maple", "lora", "fine-tuning")}
     assert Counter((r.method, r.images, r.seed) for r in chosen["crosscoders"]) == {
         (method, images, 1): n for method, images in truth_sweep.COMPARED}
