@@ -271,6 +271,18 @@ def test_keys_tell_apart_what_rows_depend_on(small, clip):
     assert adaptation_key(recipe) != adaptation_key(recipe._replace(images="all"))
 
 
+def test_keys_of_crosscoders_tell_apart_layers_images_and_active_latents(small, clip):
+    p = small.profile
+    more = study_of(p.with_sae(k=5), clip)
+    fewer = study_of(dataclasses.replace(p, adaptation=dataclasses.replace(p.adaptation, images=16)), clip)
+    later = study_of(p, clip)
+    later.layer = 0
+    for key in (lambda study: truth_sweep._key("crosscoders", Recipe(study, TASK, "lora", 1)),
+                lambda study: truth_sweep._groups(study, "planted")[0].key):
+        assert len({key(study) for study in (small, more, fewer, later)}) == 4
+        assert key(small) == key(study_of(p, clip))
+
+
 def test_a_profile_without_scenes_has_empty_tables_and_says_why(small):
     p = small.profile
     other = Study(dataclasses.replace(p, data=dataclasses.replace(p.data, source="folders")))
