@@ -28,6 +28,7 @@ from patchsae.studies.adapt import (
     unadapted,
 )
 from patchsae.studies.study import Study
+from patchsae.weights.files import result_key
 
 
 @pytest.fixture
@@ -172,6 +173,34 @@ def test_keys_tell_settings_apart(clip, quick, task_data):
     others = [recipe._replace(study=study_of(slower, clip, task_data)), recipe._replace(seed=2),
               recipe._replace(method="coop"), recipe._replace(classes="all"), recipe._replace(method=UNTRAINED)]
     assert len({key, *map(adaptation_key, others)}) == 6
+
+
+def test_all_images_are_every_one_of_the_classes(clip, quick, task_data):
+    recipe = Recipe(quick, "nouns", "maple", 1, images="all")
+    base, whole = recipe.shots(), recipe._replace(classes="all").shots()
+    assert base.rows.tolist() == [i for i in range(30) if i % 5 < 3] and base.class_names == ("cat", "dog", "pig")
+    assert base.labels.tolist() == [i % 5 for i in base.rows]
+    assert whole.rows.tolist() == list(range(30)) and whole.class_names == task_data.class_names
+    assert len(recipe._replace(images="shots").shots()) == 3 * quick.profile.adaptation.shots < len(base)
+
+
+def test_all_images_have_a_key_of_their_own_and_shots_the_one_they_had(clip, quick, task_data):
+    recipe, p = Recipe(quick, "nouns", "maple", 1, images="all"), quick.profile
+    fewer = dataclasses.replace(p, adaptation=dataclasses.replace(p.adaptation, shots=2))
+    elsewhere = study_of(fewer, clip, task_data)
+    assert adaptation_key(recipe) != adaptation_key(recipe._replace(images="shots"))
+    assert adaptation_key(recipe) == adaptation_key(recipe._replace(study=elsewhere))
+    few = recipe._replace(images="shots")
+    assert adaptation_key(few) != adaptation_key(few._replace(study=elsewhere))
+    shared = {name: getattr(p.adaptation, name) for name in ("shots", "n_prompts", "depth", "augment")}
+    assert adaptation_key(few) == result_key(
+        adapt.VERSION, clip=quick.clip_key, images=task_data.fingerprint(), task="nouns", method="maple", seed=1,
+        classes="base", adaptation=shared, settings=dataclasses.asdict(p.maple))
+
+
+def test_all_images_teach_more_than_shots(quick):
+    few, every = (adapt.adapt(Recipe(quick, "nouns", "linear probe", 1, images=images)) for images in ("shots", "all"))
+    assert not torch.equal(few.text(["cat"]), every.text(["cat"]))
 
 
 def test_logits_are_float32_where_the_towers_run_in_bfloat16(clip, quick, monkeypatch):

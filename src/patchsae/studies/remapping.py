@@ -104,7 +104,7 @@ def measures(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     by = ["task", "truth", "method", "images", "seed"]
     base = tables["accuracy"].query("half == 'base'")
     parts = pd.DataFrame({key: gain_parts(rows) for key, rows in base.groupby(by, sort=False)}).T.rename_axis(by)
-    adapted, plain = (whole(base, side).set_index(by)["accuracy"] for side in ("adapted", "clip"))
+    adapted, plain = (whole(base, side).set_index(by)["accuracy"].reindex(parts.index) for side in ("adapted", "clip"))
     read = tables["readouts"].set_index([*by, "source", "fitted"])["accuracy"].unstack(["source", "fitted"])
     before = read.xs("zero-shot", level="method").droplevel(["images", "seed"])
     after, before = read.reindex(parts.index), before.loc[parts.index.get_level_values("task")].set_axis(parts.index)

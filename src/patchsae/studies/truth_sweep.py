@@ -241,7 +241,8 @@ def recipes(study: Study) -> dict[str, list[Recipe]]:
 def _groups(study: Study, name: str) -> list[Group]:
     if name == "planted":
         key = result_key(VERSION, clip=study.clip_key, autoencoder=fingerprint(study.sae),
-                         images=study.train.fingerprint())
+                         layer=study.clip.block(study.layer), k=study.profile.sae.k,
+                         images=study.train.fingerprint(), most=study.profile.adaptation.images)
         return [Group({"seed": seed}, key, functools.partial(_planted, study, seed))
                 for seed in PLANTED]
     return [Group({"task": r.task, "truth": TRUTHS[r.task], "method": r.method, "images": r.images, "seed": r.seed},
@@ -262,6 +263,7 @@ def _key(name: str, recipe: Recipe) -> str:
     p, layer = study.profile, study.clip.block(study.layer)
     read_with = {} if name == "accuracy" else {"autoencoder": fingerprint(study.sae), "tau": p.latents.tau,
                                                "sae": p.sae_settings()}
+    read_with |= {"k": p.sae.k} if name == "crosscoders" else {}  # which relu does not have among its settings
     return result_key(VERSION, table=name, model=adaptation_key(recipe), layer=layer, most=p.adaptation.images,
                       test=study.images(recipe.task, "test").fingerprint(), **read_with)
 
