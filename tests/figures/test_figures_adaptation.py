@@ -106,6 +106,29 @@ def test_dots_lie_in_the_rows_of_their_tasks_and_intervals_end_where_shares_do(c
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(TASKS)
 
 
+def test_tasks_of_known_truth_are_named_with_it_and_sorted_by_it():
+    rows = table(task=TASKS, images=("all", "shots"), method=list(adaptation.METHODS))
+    rows["truth"] = rows["task"].map(dict(zip(TASKS, ("new", "remap", "mixed", "remap"))))
+    figure = adaptation.truth_dots(rows, "method")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "textures: known concepts", "aerial: known concepts", "counting: both", "nouns: something new"]
+    for panel, images in zip(figure.axes, ("shots", "all")):
+        places, _ = drawn.dots(panel)
+        mine = rows[rows["images"] == images].set_index(["method", "task"])["accuracy"]
+        order = itertools.product(adaptation.METHODS, ("textures", "aerial", "counting", "nouns"))
+        assert np.allclose(places[:, 0], mine.loc[list(order)])
+
+
+def test_areas_have_a_row_a_measure_and_a_rule_at_chance():
+    rows = table(measure=("R", "ranks"), method=("lora", "fine-tuning")).rename(columns={"accuracy": "area"})
+    figure = adaptation.area_dots(rows)
+    places, intervals = drawn.dots(figure.axes[0])
+    order = rows.assign(rank=rows["method"].map(["lora", "fine-tuning"].index)).sort_values("rank", kind="stable")
+    assert np.allclose(places[:, 0], order["area"]) and np.allclose(intervals, order[["low", "high"]])
+    assert [0.5, 0.5] in [list(line.get_xdata()) for line in figure.axes[0].lines]
+    assert drawn.legend(figure) == ["LoRA", "fine-tuning"]
+
+
 @pytest.mark.parametrize(("by", "first", "words"), [
     ("task", "selects", "latents of MaPLe, classified by CLIP"),
     ("mode", "autoencoder", "autoencoder of MaPLe, classified by CLIP")])
@@ -120,6 +143,12 @@ def test_side_curves_have_a_line_per_pair_of_sides(by, first, words):
         assert_lines(panel, mine.assign(pair=mine[first] + ", " + mine["classifies"]), "pair", pairs)
         assert panel.get_title() == ablation.MODES.get(value, value)
     assert drawn.legend(figure)[1] == words
+
+
+def test_side_curves_have_a_third_arm_where_there_is_one():
+    rows = table(mode=["on"], task=TASKS, selects=SIDES, classifies=(*SIDES, "mean prompts"), k=KS)
+    figure = ablation.side_curves(rows, "task", "selects")
+    assert len(drawn.legend(figure)) == 6 and drawn.legend(figure)[-1].endswith("MaPLe, prompts of no image")
 
 
 def test_of_many_points_equal_ones_are_drawn_once(monkeypatch):
@@ -179,8 +208,9 @@ def test_concept_maps_show_before_after_and_difference():
     assert {shown.get_clim() for shown in maps} == {(-6, 6)}
 
 
-@pytest.mark.parametrize("draw", [adaptation.half_dots, adaptation.group_curves, ablation.side_curves,
-                                  ablation.masking_curves, ablation.prediction_maps])
+@pytest.mark.parametrize("draw", [
+    adaptation.half_dots, adaptation.truth_dots, adaptation.area_dots, adaptation.group_curves, ablation.side_curves,
+    ablation.masking_curves, ablation.prediction_maps])
 def test_a_table_without_its_columns_is_one_sentence(draw):
     with pytest.raises(ValueError, match=f"table for {draw.__name__} has no column") as error:
         draw(pd.DataFrame({"something": [1]}))
