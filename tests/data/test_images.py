@@ -189,9 +189,9 @@ def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):
 def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.1)
     ds, rows = folder(tmp_path, 20, bad=(7,)), [np.array([1, 7, 3, 7]), np.array([4, 2])]
-    kept = list(TrainingTokens(clip, ds, LAYER).batches(rows))
+    kept = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
     monkeypatch.setattr("patchsae.activations.MEMORY", 0)
-    computed = list(TrainingTokens(clip, ds, LAYER).batches(rows))
+    computed = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
     assert [len(z) for z in kept] == [len(z) for z in computed] == [2, 2]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, computed))
 

@@ -15,7 +15,7 @@ from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
 from patchsae.latents import LatentStatistics, saved_latents
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import new_sae, run_key, train_sae
+from patchsae.train import new_saes, run_key, train_sae
 from patchsae.weights.files import result_key
 
 
@@ -97,7 +97,7 @@ class Study:
         """The autoencoder before training, of the width of ``sae``: a floor for every measure."""
         expansion = self.sae.n_latents / self.clip.width  # given weights may have another one than the profile says
         settings = dataclasses.replace(self.profile.sae, expansion=expansion)
-        return new_sae(dataclasses.replace(self.profile, sae=settings), self.clip, self.train)
+        return new_saes([dataclasses.replace(self.profile, sae=settings)], self.clip, self.train)[0]
 
     def committed_log(self) -> pd.DataFrame | None:
         """The log of the committed training of exactly these settings, every tenth step of it, or None."""

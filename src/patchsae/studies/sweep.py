@@ -11,7 +11,7 @@ from patchsae.sae import SparseAutoencoder
 from patchsae.studies.fidelity import measure
 from patchsae.studies.study import Study, committed_folder, run_folder, trained_sae
 from patchsae.studies.tables import Group, fill, noted, read, remedy
-from patchsae.train import new_sae
+from patchsae.train import new_saes
 from patchsae.weights.files import result_key, write_atomically
 
 #: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.
@@ -118,7 +118,7 @@ def _sae(name: str, study: Study) -> SparseAutoencoder:
     """The autoencoder of one configuration. Those that notebooks 02 to 04 look into are kept among committed data."""
     profile, clip = study.profile, study.clip
     if name == "random":
-        return new_sae(profile, clip, study.train)
+        return new_saes([profile], clip, study.train)[0]
     sae, target = trained_sae(profile, clip, study.train), committed_folder(profile, clip)
     if name.startswith(KEPT) and not profile.sae.weights and not (target / "sae.safetensors").is_file():
         log = pd.read_csv(run_folder(profile, clip) / "log.csv")[LOG_EVERY - 1::LOG_EVERY]
