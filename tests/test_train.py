@@ -626,8 +626,8 @@ def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monk
 def test_command_line(monkeypatch, tmp_path, capsys):
     """``python -m patchsae train --profile mini`` trains where the notebooks look for it."""
     seen, log = [], pd.DataFrame([range(8)], columns=LOG_COLUMNS)
-    monkeypatch.setattr("patchsae.studies.study.train_sae",
-                        lambda profile, clip, ds, folder: seen.append((profile, folder)) or (None, log))
+    monkeypatch.setattr("patchsae.studies.study.train_saes",
+                        lambda profiles, clip, ds, folders: seen.extend(zip(profiles, folders)) or [(None, log)])
     main(["train", "--profile", "mini"])
     (profile, folder), = seen
     said = capsys.readouterr().out

@@ -65,7 +65,7 @@ HASHES = ("cache.made_of", "cache.cache_folder", "studies.study.fingerprint", "d
 #: Arguments that may be one value or several, and those that may be anything; L0 counts NaN as silent.
 SEVERAL, FREE = {"latents", "rows", "seed", "labels"}, {"ids", "pixels", "otherwise"}
 #: Answers that hold NaN where there is nothing to be said, as their docstrings state.
-UNDEFINED = ("latents.", "masks.overlap", "studies.study.Study.statistics")
+UNDEFINED = ("latents.", "masks.overlap", "studies.study.Study.statistics", "studies.study.Study.answers")
 
 
 class Case(NamedTuple):

@@ -19,6 +19,7 @@ from patchsae.clip import Clip  # noqa: E402
 from patchsae.data.adapters import TorchImages  # noqa: E402
 from patchsae.data.datasets import FolderDataset, Subset  # noqa: E402
 from patchsae.data.images import HubDataset  # noqa: E402
+from patchsae.latents import Question  # noqa: E402
 from patchsae.maple import class_tokens, new_maple  # noqa: E402
 from patchsae.studies.study import Study  # noqa: E402
 from patchsae.train import Training  # noqa: E402
@@ -268,11 +269,13 @@ CALLS = {
     "latents.LatentStatistics.table": lambda w: {"self": w.lat},
     "latents.LatentStatistics.save": lambda w: {"self": w.lat, "folder": w.folder / "new" / "latents"},
     "latents.LatentStatistics.load": lambda w: {"folder": w.folder / "latents"},
+    "latents.Question": lambda w: {"clip": w.clip, "sae": w.sae(), "layer": LAYER, "tokens": "cls"},
     "latents.collect_latents": lambda w: {"clip": w.clip, "sae": w.sae(), "ds": w.ds, "layer": LAYER, "tau": 0.1,
-                                          "n_reference": 3, "batch_images": 5, "tokens": "cls", "title": ""},
-    "latents.saved_latents": lambda w: {"folder": w.folder / "new", "clip": w.clip, "sae": w.sae(), "ds": w.ds,
-                                        "layer": LAYER, "tau": 0.1, "n_reference": 3, "batch_images": 5,
-                                        "tokens": "cls"},
+                                          "n_reference": 3, "batch_images": 5, "tokens": "cls"},
+    "latents.collect_many": lambda w: {"questions": _questions(w), "ds": w.ds, "tau": 0.1, "n_reference": 3,
+                                       "batch_images": 5, "title": ""},
+    "latents.saved_latents": lambda w: {"folder": w.folder / "new", "questions": _questions(w), "ds": w.ds, "tau": 0.1,
+                                        "n_reference": 3, "batch_images": 5},
     "latents.label_entropy": lambda w: {"labels": w.lat.reference_labels, "values": w.lat.reference_values,
                                         "n_classes": 3},
     "masks.heat_maps": lambda w: {"clip": w.clip, "sae": w.sae(), "pixels": w.pixels, "layer": LAYER,
@@ -365,6 +368,8 @@ CALLS = {
     "studies.study.Study.images": lambda w: {"self": w.study(), "task": "animals", "split": "test"},
     "studies.study.Study.statistics": lambda w: {"self": w.study(), "sae": w.sae(), "ds": w.ds, "layer": 1,
                                                  "tokens": "cls"},
+    "studies.study.Study.answers": lambda w: {"self": w.study(), "questions": _questions(w), "ds": w.ds},
+    "studies.study.Study.saes": lambda w: {"self": w.study(), "profiles": [w.profile]},
     "studies.study.Study.variant": lambda w: {"self": w.study(), "profile": w.profile},
     "studies.study.Study.next_seed": lambda w: {"self": w.study()},
     "studies.study.open_study": lambda w: {"profile": w.profile},
@@ -373,9 +378,16 @@ CALLS = {
     "studies.study.committed_folder": lambda w: {"profile": w.profile, "clip": w.clip},
     "studies.study.committed_log": lambda w: {"profile": w.profile, "clip": w.clip},
     "studies.study.trained_sae": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
+    "studies.study.trained_saes": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
+    "studies.study.train_missing": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
+    "studies.study.passes": lambda w: {"profiles": [w.profile], "clip": w.clip},
     "studies.study.given_sae": lambda w: {"profile": w.profile.with_sae(weights=str(w.folder / "sae")),
                                           "clip": w.clip},
 }
+
+
+def _questions(w: World) -> list[Question]:
+    return [Question(w.clip, w.sae(), LAYER), Question(w.clip, w.sae(), 0, "cls")]
 
 
 def _cache(w: World):
