@@ -380,7 +380,11 @@ CALLS = {
     "studies.study.trained_sae": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
     "studies.study.trained_saes": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
     "studies.study.train_missing": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
-    "studies.study.passes": lambda w: {"profiles": [w.profile], "clip": w.clip},
+    "studies.study.compared": lambda w: {"profile": w.profile},
+    "studies.study.next_seed": lambda w: {"profile": w.profile},
+    "studies.study.has_masks": lambda w: {"profile": w.profile},
+    "studies.study.passes": lambda w: {"profiles": [w.profile], "width": 12, "device": "cpu"},
+    "studies.study.training_bytes": lambda w: {"profile": w.profile, "width": 12},
     "studies.study.given_sae": lambda w: {"profile": w.profile.with_sae(weights=str(w.folder / "sae")),
                                           "clip": w.clip},
 }

@@ -77,7 +77,7 @@ def test_a_pass_has_room_for_so_many_autoencoders(profile, clip, monkeypatch):
     monkeypatch.setattr(study_room, "device_bytes", lambda device: 2 * 32 * profile.sae.expansion * clip.width**2 * 3.5)
     many = [profile.at_layer(0), profile.with_sae(l1=1), profile.with_sae(l1=2), profile.with_sae(expansion=12),
             profile.with_sae(shuffle="tokens"), profile]
-    assert passes(many, clip) == [many[:3], [many[3]], [many[5]], [many[4]]]
+    assert passes(many, clip.width, "cpu") == [many[:3], [many[3]], [many[5]], [many[4]]]
 
 
 @pytest.fixture

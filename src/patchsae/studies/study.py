@@ -10,7 +10,7 @@ import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import Profile, device, resolve, start
-from patchsae.data.checks import Layer, guard
+from patchsae.data.checks import Device, Layer, Natural, guard
 from patchsae.data.datasets import images_there, open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
@@ -96,9 +96,8 @@ class Study:
         p = self.profile
         if p.sae.weights:
             return self.sae, None
-        other_seed = [self.next_seed().profile] if self.has_masks else []
-        others = [p.with_sae(tokens="cls"), *map(p.at_layer, p.model.other_layers), *other_seed]
-        self.sae, log = _train([p, *(q for q in others if not _place(q, self.clip))], self.clip, self.train)
+        others = [other for other in compared(p) if not _place(other, self.clip)]
+        self.sae, log = _train([p, *others], self.clip, self.train)
         return self.sae, log
 
     def saes(self, profiles: Sequence[Profile]) -> list[SparseAutoencoder]:
@@ -131,11 +130,13 @@ class Study:
     @property
     def has_masks(self) -> bool:
         """Whether there is ground truth for patches: of the profile's own images or of a public data set."""
-        return self.profile.data.source == "scenes" or masks_folder(self.profile) is not None
+        return has_masks(self.profile)
 
     def images(self, task: str, split: str) -> Images:
-        """The images of any task of the profile."""
-        return open_dataset(self.profile, task, split)
+        """The images of any task of the profile; passes over the training images of its own are counted."""
+        ds = open_dataset(self.profile, task, split)
+        ds.counted = (task, split) == (self.profile.data.task, "train")
+        return ds
 
     def statistics(self, sae: SparseAutoencoder, ds: Images, layer: Layer | None = None,
                    tokens: str = "all") -> LatentStatistics:
@@ -155,8 +156,7 @@ class Study:
 
     def next_seed(self) -> "Study | None":
         """The same settings with the next seed; None where the autoencoder's weights are given, whatever the seed."""
-        return None if self.profile.sae.weights else self.variant(
-            dataclasses.replace(self.profile, seed=self.profile.seed + 1))
+        return None if self.profile.sae.weights else self.variant(next_seed(self.profile))
 
 
 def open_study(profile: Profile | str | None = None) -> Study:
@@ -210,25 +210,47 @@ def train_missing(profiles: Sequence[Profile], clip: Clip, ds: Images) -> None:
         _train(list(missing.values()), clip, ds)
 
 
+def compared(profile: Profile) -> list[Profile]:
+    """Settings of the autoencoders that notebooks compare the profile's with: of the class token alone and of other
+    layers (02), and of the next seed where there are masks to measure with (07)."""
+    others = [profile.with_sae(tokens="cls"), *map(profile.at_layer, profile.model.other_layers)]
+    return others + [next_seed(profile)] * has_masks(profile)
+
+
+def next_seed(profile: Profile) -> Profile:
+    """The same settings with the next seed."""
+    return dataclasses.replace(profile, seed=profile.seed + 1)
+
+
+def has_masks(profile: Profile) -> bool:
+    """Whether there is ground truth for patches: of the profile's own images or of a public data set."""
+    return profile.data.source == "scenes" or masks_folder(profile) is not None
+
+
 def _train(profiles: list[Profile], clip: Clip, ds: Images) -> tuple[SparseAutoencoder, pd.DataFrame]:
     """Train autoencoders in their run folders; what the first of them gives."""
-    return [train_saes(group, clip, ds, [run_folder(p, clip) for p in group])[0] for group in passes(profiles, clip)][0]
+    groups = passes(profiles, clip.width, clip.device)
+    return [train_saes(group, clip, ds, [run_folder(p, clip) for p in group])[0] for group in groups][0]
 
 
-def passes(profiles: Sequence[Profile], clip: Clip) -> list[list[Profile]]:
-    """The profiles in groups that train in one pass: of equal images in an equal order, and so many that their weights,
-    gradients and moments take half of the memory."""
-    groups, room = [], device_bytes(clip.device) / 2
+def passes(profiles: Sequence[Profile], width: Natural, device: Device) -> list[list[Profile]]:
+    """The profiles in groups that train in one pass over the images of a model of this width: of equal images in an
+    equal order, and so many that their weights, gradients and moments take half of the device's memory."""
+    groups, room = [], device_bytes(device) / 2
     for same in dict.fromkeys(map(rides, profiles)):
         taken = room
         for profile in (p for p in profiles if rides(p) == same):
-            size = 32 * profile.sae.expansion * clip.width**2
-            if taken + size > room:
+            if taken + training_bytes(profile, width) > room:
                 groups.append([])
                 taken = 0
             groups[-1].append(profile)
-            taken += size
+            taken += training_bytes(profile, width)
     return groups
+
+
+def training_bytes(profile: Profile, width: Natural) -> float:
+    """Weights, gradients and two moments, in float32, of the profile's autoencoder for a model of this width."""
+    return 4 * 4 * 2 * profile.sae.expansion * width**2
 
 
 def _place(profile: Profile, clip: Clip) -> Path | None:
