@@ -36,19 +36,19 @@ def marked(clip, monkeypatch):
     monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 6)
     monkeypatch.setattr(patchsae.fast.pools, "FILL_IMAGES", 4)
     ds = ArrayDataset(torch.zeros(23, 3, 16, 16), np.zeros(23, int))
-    tokens = TrainingTokens(clip, ds, -2)
+    tokens = TrainingTokens(clip, ds, [-2])
     numbers = torch.arange(23)[:, None, None] + torch.arange(clip.n_tokens)[None, :, None] / 100
-    tokens.kept, tokens.place = numbers.expand(-1, -1, clip.width).contiguous(), np.arange(23)
+    tokens.kept, tokens.place = [numbers.expand(-1, -1, clip.width).contiguous()], np.arange(23)
     return tokens
 
 
 @pytest.mark.parametrize("cls", [False, True])
 def test_every_token_is_used_once_an_epoch_and_far_from_its_image(marked, cls):
     per_image = 1 if cls else marked.clip.n_tokens
-    stream = torch.cat(list(shuffled_tokens(marked, range(46), 4, 7, cls)))[:, 0]
+    stream = torch.cat([z for z, in shuffled_tokens(marked, range(46), 4, 7, cls)])[:, 0]
     assert len(stream) == 46 * 4 * per_image
     epoch = 23 * per_image
-    everything = sorted(marked.kept[:, :per_image, 0].flatten().tolist())
+    everything = sorted(marked.kept[0][:, :per_image, 0].flatten().tolist())
     for k in range(len(stream) // epoch):
         assert sorted(stream[k * epoch:(k + 1) * epoch].tolist()) == everything
     orders = [stream[k * epoch:(k + 1) * epoch].tolist() for k in range(2)]
@@ -60,9 +60,9 @@ def test_every_token_is_used_once_an_epoch_and_far_from_its_image(marked, cls):
 def test_any_step_can_be_the_first(marked):
     whole = list(shuffled_tokens(marked, range(20), 4, 3))
     for start in (1, 7, 12, 19):
-        for a, b in zip(shuffled_tokens(marked, range(start, 20), 4, 3), whole[start:]):
+        for (a,), (b,) in zip(shuffled_tokens(marked, range(start, 20), 4, 3), whole[start:]):
             assert torch.equal(a, b)
-    assert not torch.equal(next(shuffled_tokens(marked, range(1), 4, 4)), whole[0])
+    assert not torch.equal(*next(shuffled_tokens(marked, range(1), 4, 4)), *whole[0])
 
 
 class Damaged(ArrayDataset):
@@ -85,7 +85,7 @@ def test_tokens_of_unreadable_images_are_left_out(clip, monkeypatch, kept):
     pixels = torch.randn(23, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     ds = Damaged(pixels, np.zeros(23, int))
     ds.unreadable = {}
-    stream = torch.cat(list(shuffled_tokens(TrainingTokens(clip, ds, -2), range(1), 23, 0)))
+    stream = torch.cat([z for z, in shuffled_tokens(TrainingTokens(clip, ds, [-2]), range(1), 23, 0)])
     good = [i for i in range(23) if i not in (3, 11)]
     expected = clip.below(pixels[good], -2).flatten(0, 1)
     assert stream.shape == expected.shape
@@ -113,16 +113,16 @@ def test_a_training_on_shuffled_tokens_resumes_to_the_same_bytes(clip, tmp_path,
 
 def test_batches_of_whole_images_and_of_shuffled_tokens_have_as_many_tokens(clip, pixel_data):
     profile = load_profile("mini").with_sae(batch_images=5)
-    whole = list(training_batches(profile, clip, pixel_data, range(3)))
-    loose = list(training_batches(profile.with_sae(shuffle="tokens"), clip, pixel_data, range(3)))
-    assert [z.shape for z in whole] == [(5, clip.n_tokens, clip.width)] * 3
-    assert [z.shape for z in loose] == [(5 * clip.n_tokens, clip.width)] * 3
+    whole = list(training_batches([profile], clip, pixel_data, range(3)))
+    loose = list(training_batches([profile.with_sae(shuffle="tokens")], clip, pixel_data, range(3)))
+    assert [z.shape for z, in whole] == [(5, clip.n_tokens, clip.width)] * 3
+    assert [z.shape for z, in loose] == [(5 * clip.n_tokens, clip.width)] * 3
 
 
 def test_a_batch_that_cannot_be_shared_is_one_sentence(clip, pixel_data, monkeypatch):
     monkeypatch.setattr(patchsae.fast.pools.processes, "count", lambda: 3)
     with pytest.raises(ValueError) as error:
-        next(training_batches(load_profile("mini"), clip, pixel_data, range(2)))
+        next(training_batches([load_profile("mini")], clip, pixel_data, range(2)))
     assert one_sentence(error.value) and "3" in str(error.value)
 
 
@@ -149,7 +149,7 @@ def test_a_training_reads_the_cache_that_its_profile_names(clip, tmp_path, monke
     folder = cache_room.cache_folder(cached, clip, ds)
     cache_room.write_cache(clip, ds, -2, folder)
     assert cache_room.profile_cache(profile, clip, ds) is None
-    for a, b in zip(training_batches(profile, clip, ds, range(9)), training_batches(cached, clip, ds, range(9))):
+    for (a,), (b,) in zip(*(training_batches([p], clip, ds, range(9)) for p in (profile, cached))):
         assert not torch.equal(a, b)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     train_room.train_sae(cached, clip, ds, tmp_path / "run")

@@ -5,14 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random_sae
+from conftest import LAYER, SIDE, WIDTH, one_sentence, random_clip_model, random_sae, refused
 from test_images import folder
 from test_processes import launch
 
 from patchsae import ArrayDataset, SparseAutoencoder, collect_latents
 from patchsae.clip import Clip
 from patchsae.fast import encoder, onednn
-from patchsae.latents import LatentStatistics, saved_latents
+from patchsae.latents import LatentStatistics, Question, collect_many, saved_latents
+from patchsae.maple import new_maple
 
 FIELDS = ("frequency", "mean_activation", "label_entropy", "label_std", "reference_values", "class_counts")
 
@@ -422,11 +423,20 @@ class Counting(ArrayDataset):
 def test_saved_statistics_are_computed_once_for_the_same_question(clip, tmp_path):
     plain, sae = some_data(20, 3), quiet_sae()
     ds = Counting(plain.pixels, plain.labels, class_names=plain.class_names)
-    first = saved_latents(tmp_path, clip, sae, ds, LAYER)
+    question = Question(clip, sae, LAYER)
+    first, = saved_latents(tmp_path, [question], ds)
     assert same(first, collect_latents(clip, sae, plain, LAYER)) and ds.asked >= 20
     before = ds.asked
-    assert same(first, saved_latents(tmp_path, clip, sae, ds, LAYER, batch_images=7))
-    assert same(first, saved_latents(tmp_path, clip, sae, ds, LAYER % 4)) and ds.asked == before
+    assert same(first, *saved_latents(tmp_path, [question], ds, batch_images=7))
+    assert same(first, *saved_latents(tmp_path, [Question(clip, sae, LAYER % 4)], ds)) and ds.asked == before
+    others = [Question(clip, quiet_sae(1), 0), question, Question(clip, sae, LAYER, "cls"), Question(clip, sae, 0)]
+    found = saved_latents(tmp_path, others, ds)
+    assert ds.asked == before + 20 and same(first, found[1])
+    assert all(same(a, b) for a, b in zip(found, collect_many(others, plain)))
+
+
+def saved(folder, clip, sae, ds, layer, tokens="all", **settings):
+    return saved_latents(folder, [Question(clip, sae, layer, tokens)], ds, **settings)[0]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +445,7 @@ def test_saved_statistics_are_computed_once_for_the_same_question(clip, tmp_path
 )
 def test_saved_statistics_never_answer_another_question(clip, tmp_path, change):
     question = {"clip": clip, "sae": quiet_sae(), "ds": some_data(20, 3), "layer": LAYER}
-    saved_latents(tmp_path, **question)
+    saved(tmp_path, **question)
     ds = question["ds"]
     labels = ds.labels.copy()
     labels[3] = (labels[3] + 1) % 3
@@ -462,11 +472,40 @@ def test_saved_statistics_never_answer_another_question(clip, tmp_path, change):
     )
     fresh = collect_latents(**other)
     try:
-        found = saved_latents(tmp_path, **other)
+        found = saved(tmp_path, **other)
     except ValueError as error:
         assert one_sentence(error)
     else:
         assert same(found, fresh)
+
+
+# Several at once ----------------------------------------------------------------------------------------
+
+
+def test_many_questions_in_one_pass_have_the_answers_that_each_has_alone(clip, monkeypatch):
+    """Two towers, three layers, other widths and activations, the class token and prompts; each image read once."""
+    plain, prompted = some_data(20, 3), new_maple(clip, ("cat", "dog", "pig"), 2, 2, True, 0)
+    ds = Counting(plain.pixels, plain.labels, class_names=plain.class_names)
+    topk = SparseAutoencoder(WIDTH, 30, torch.Generator().manual_seed(2), "topk", 3)
+    questions = [Question(clip, quiet_sae(), LAYER), Question(prompted, quiet_sae(), LAYER, "all and prompts"),
+                 Question(clip, topk, 3), Question(clip, quiet_sae(), 0, "cls"), Question(prompted, topk, 0),
+                 Question(clip, quiet_sae(4), -1)]
+    calls, through = [], clip._through
+    monkeypatch.setattr(clip, "_through", lambda z, first, end: calls.append(end - first) or through(z, first, end))
+    found = collect_many(questions, ds, 0.1, 4, 7)
+    assert ds.asked == 20 and sum(calls) == 3 * len(clip.blocks)
+    for question, statistics in zip(questions, found):
+        q = question
+        assert same(statistics, collect_latents(q.clip, q.sae, plain, q.layer, 0.1, 4, 7, q.tokens))
+
+
+def test_questions_that_cannot_be_answered_together(clip):
+    other = Clip(random_clip_model(), None, None)
+    for questions in ([], [Question(clip, quiet_sae(), LAYER), Question(other, quiet_sae(), LAYER)]):
+        with refused("in one pass"):
+            collect_many(questions, some_data(3, 2))
+    with refused("width"):
+        Question(clip, random_sae(WIDTH + 1, 4), LAYER)
 
 
 # Many processes -----------------------------------------------------------------------------------------
@@ -483,7 +522,7 @@ from patchsae.fast import processes
 from patchsae.clip import Clip
 from patchsae.data import reading
 from patchsae.data.images import FileDataset
-from patchsae.latents import collect_latents, saved_latents
+from patchsae.latents import Question, collect_latents, saved_latents
 import conftest
 
 torch.set_num_threads(1)
@@ -503,7 +542,7 @@ for name, (model, sae, ds, k, batch) in asked.items():
             found.save(out / f"{name} {rank}")
 images = Path(sys.argv[2])
 files = FileDataset(images, [(images / f"{i:04}.png", i % 2) for i in range(40)], ("even", "odd"), conftest.SIDE)
-found = saved_latents(out / "kept", clip, quiet_sae(), files, LAYER, n_reference=3, batch_images=5)
+found, = saved_latents(out / "kept", [Question(clip, quiet_sae(), LAYER)], files, n_reference=3, batch_images=5)
 assert sorted(files.unreadable) == [3, 8, 30] and found.n_unreadable == 3 and found.n_images == 37
 found.save(out / f"files {processes.rank()}")
 """

@@ -23,7 +23,7 @@ from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
 from patchsae.data.images import Images
 from patchsae.studies.study import committed_folder, committed_log, run_folder, trained_sae
-from patchsae.train import LOG_COLUMNS, Training, new_sae, train_sae
+from patchsae.train import LOG_COLUMNS, Training, new_saes, train_sae
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
@@ -233,13 +233,13 @@ def test_images_are_preprocessed_and_pixels_are_not(clip, image_data):
 def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monkeypatch):
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
-    computed = TrainingTokens(clip, pixel_data, -2)
+    computed = TrainingTokens(clip, pixel_data, [-2])
     monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
-    kept = TrainingTokens(clip, pixel_data, -2)
+    kept = TrainingTokens(clip, pixel_data, [-2])
     assert kept.kept is not None and computed.kept is None
-    torch.testing.assert_close(kept[rows], expected)
-    torch.testing.assert_close(computed[rows], expected)
-    assert torch.equal(kept[rows], kept[rows]) and torch.equal(computed[rows], computed[rows])
+    for tokens in (kept, computed):
+        torch.testing.assert_close(tokens[rows], [expected])
+        assert torch.equal(*tokens[rows], *tokens[rows])
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ def test_a_run_is_the_same_bytes_again_and_leaves_no_scraps(whole, clip, tmp_pat
 
 def test_a_run_is_train_steps_on_the_steps_tokens(whole, clip):
     profile, ds, _, sae, log = whole
-    batches = [TrainingTokens(clip, ds, -2)[training_rows(len(ds), step, 4, profile.seed)] for step in range(12)]
-    twin, s = new_sae(profile, clip, ds), profile.sae
+    batches = [TrainingTokens(clip, ds, [-2])[training_rows(len(ds), step, 4, profile.seed)][0] for step in range(12)]
+    twin, s = new_saes([profile], clip, ds)[0], profile.sae
     history = train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
     twin.normalise_decoder()  # what is saved has rows of unit length
     assert all(torch.equal(getattr(twin, name), getattr(sae, name)) for name in NAMES)
@@ -306,15 +306,15 @@ def test_a_run_is_train_steps_on_the_steps_tokens(whole, clip):
 
 def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, clip):
     profile, ds = whole[:2]
-    tokens = TrainingTokens(clip, ds, -2)
-    first = torch.cat([tokens[training_rows(len(ds), step, 4, profile.seed)] for step in range(8)])
-    sae = new_sae(profile.with_sae(b_dec="geometric_median"), clip, ds)
+    tokens = TrainingTokens(clip, ds, [-2])
+    first = torch.cat([tokens[training_rows(len(ds), step, 4, profile.seed)][0] for step in range(8)])
+    sae = new_saes([profile.with_sae(b_dec="geometric_median")], clip, ds)[0]
     assert tuple(sae.W_enc.shape) == (12, 36)
     points = first.flatten(0, 1).double()
     distances = (points - sae.b_dec.detach().double()).norm(dim=1)
     directions = ((points - sae.b_dec.detach().double()) / distances[:, None]).sum(0)
     assert directions.norm() < 1e-2  # at the median the unit vectors towards the points cancel
-    mean = new_sae(profile.with_sae(b_dec="mean"), clip, ds)
+    mean = new_saes([profile.with_sae(b_dec="mean")], clip, ds)[0]
     torch.testing.assert_close(mean.b_dec.detach(), points.mean(0).float())
     assert torch.equal(mean.W_enc, sae.W_enc)
 
@@ -583,8 +583,9 @@ def test_class_tokens_only(whole, clip, tmp_path):
     profile, ds = whole[:2]
     profile = profile.with_sae(tokens="cls", steps=3)
     sae, _ = train_sae(profile, clip, ds, tmp_path)
-    twin, s = new_sae(profile, clip, ds), profile.sae
-    batches = [TrainingTokens(clip, ds, -2)[training_rows(len(ds), step, 4, profile.seed)][:, :1] for step in range(3)]
+    twin, s = new_saes([profile], clip, ds)[0], profile.sae
+    rows = [training_rows(len(ds), step, 4, profile.seed) for step in range(3)]
+    batches = [z[:, :1] for z, in TrainingTokens(clip, ds, [-2]).batches(rows)]
     train_steps(twin, batches, s.learning_rate, s.l1, s.warmup, s.dead_after)
     twin.normalise_decoder()
     assert all(torch.equal(getattr(twin, name), getattr(sae, name)) for name in NAMES)
@@ -625,8 +626,8 @@ def test_more_active_latents_than_there_was_room_for(whole, clip, tmp_path, monk
 def test_command_line(monkeypatch, tmp_path, capsys):
     """``python -m patchsae train --profile mini`` trains where the notebooks look for it."""
     seen, log = [], pd.DataFrame([range(8)], columns=LOG_COLUMNS)
-    monkeypatch.setattr("patchsae.studies.study.train_sae",
-                        lambda profile, clip, ds, folder: seen.append((profile, folder)) or (None, log))
+    monkeypatch.setattr("patchsae.studies.study.train_saes",
+                        lambda profiles, clip, ds, folders: seen.extend(zip(profiles, folders)) or [(None, log)])
     main(["train", "--profile", "mini"])
     (profile, folder), = seen
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ from test_sae import NAMES, loop_forward, numbers_of, twin_loss
 
 from patchsae import SparseAutoencoder, sae_loss, train_steps, variants
 from patchsae.studies.recovery import latent_directions
-from patchsae.train import Training, new_sae, run_key, train_sae
+from patchsae.train import Training, new_saes, run_key, train_sae
 from patchsae.weights.files import tensor_hash
 from patchsae.weights.formats import BATCHED, FIXED, read_sae, write_official, write_saelens
 
@@ -402,7 +402,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(changed, clip, pixel_data, tmp
 
 
 def test_variants_start_from_the_weights_of_the_default(changed, profile, clip, pixel_data):
-    plain, other = (new_sae(p, clip, pixel_data) for p in (profile, changed))
+    plain, other = (new_saes([p], clip, pixel_data)[0] for p in (profile, changed))
     assert all(torch.equal(getattr(plain, name), getattr(other, name)) for name in NAMES)
     assert run_key(changed, clip) != run_key(profile, clip)
 

@@ -7,6 +7,7 @@ must agree, or the command fails.
 """
 
 import argparse
+import copy
 import importlib
 import inspect
 import json
@@ -224,7 +225,8 @@ def step_ours(x: Inputs, device: str) -> dict:
 
 def our_training(x: Inputs, device: str) -> Training:
     """``Training`` with some latents dead from the start."""
-    training = Training(x.sae, l1=L1, dead_after=DEAD_AFTER, precision="bf16" if device == "cuda" else "float32")
+    precision = "bf16" if device == "cuda" else "float32"
+    training = Training(copy.deepcopy(x.sae), l1=L1, dead_after=DEAD_AFTER, precision=precision)
     training.quiet = x.quiet.clone()
     training.candidates = training.dead.nonzero()[:, 0]
     return training
@@ -325,17 +327,23 @@ def tokens_differ(ours: dict, plain: dict) -> str:
     return f"tokens differ by {apart:.1e} of their norm" if apart > (1e-4 if ours["device"] == "cpu" else 5e-2) else ""
 
 
-def images_ours(x: Inputs, device: str) -> dict:
-    """A training step from uint8 images: crop, normalise on the device, tokens below the cut, one step."""
-    training = our_training(x, device)
+def images_ours(x: Inputs, device: str, autoencoders: int = 1) -> dict:
+    """A training step from uint8 images: crop, normalise on the device, tokens below the cut, one step of each of some
+    autoencoders."""
+    several = [our_training(x, device) for _ in range(autoencoders)]
     ds, rows = x.data_set(x.images), np.array_split(np.arange(len(x.images)), -(-len(x.images) // x.size.batch))
 
     def work():
         with torch.no_grad():
             z = torch.cat([x.clip.below(batch.pixels, LAYER) for batch in read_pixels(x.clip, ds, rows)])
-        return training.step(z).total
+        return [training.step(z).total for training in several][-1]
 
     return _from_images(x, device, work)
+
+
+def images_two(x: Inputs, device: str) -> dict:
+    """Two autoencoders in one pass."""
+    return images_ours(x, device, 2)
 
 
 def images_plain(x: Inputs, device: str) -> dict:
@@ -383,7 +391,8 @@ def roofline(x: Inputs, device: str) -> dict:
 SIDES = {"roofline": roofline, "statistics-ours": statistics_ours, "statistics-plain": statistics_plain,
          "sae-step-ours": step_ours, "sae-step-plain": step_plain, "sae-step-overcomplete": step_overcomplete,
          "sae-step-sae-lens": step_sae_lens, "tower-ours": tower_ours, "tower-plain": tower_plain,
-         "from-images-ours": images_ours, "from-images-plain": images_plain}
+         "from-images-ours": images_ours, "from-images-two": images_two,
+         "from-images-plain": images_plain}
 CHECKS = {"statistics": statistics_differ, "sae-step": losses_differ, "tower": tokens_differ,
           "from-images": losses_differ}
 

@@ -45,6 +45,8 @@ def lines(found: dict[str, dict], size: dict) -> str:
         for other, name in (("plain", "published-way"), *((name, name) for name in OTHERS)):
             if (times := _ratio(found, row, other)) is not None:
                 text.append(f"RATIO {row if other == 'plain' else f'{row}-{other}'} {times:.2f} {name}")
+    if (times := _ratio(found, "from-images", "two")) is not None:
+        text += [f"BENCH two-in-one-pass {times:.2f} times-one", f"RATIO one-pass {2 / times:.2f} one-after-the-other"]
     return "\n".join(text)
 
 

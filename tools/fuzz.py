@@ -57,7 +57,7 @@ SECONDS, MEMORY = 20, 40 * 2**30
 #: since arithmetic may give infinity, or 0 of minus infinity. In all, a sentence.
 SAME, UNUSED, FINITE, LOUD, NEVER, ANY = "same", "unused", "finite", "loud", "never", "any"
 #: Arguments that may be negative, and words of which there are a few.
-SIGNED = {"layer", "i", "scale", "value", "otherwise", "n", "spread"}
+SIGNED = {"layer", "layers", "later", "i", "scale", "value", "otherwise", "n", "spread"}
 CHOICES = {"split", "tokens", "selection", "precision", "activation", "device", "per_image"}
 #: Hashes, which of NaN are hashes too.
 HASHES = ("cache.made_of", "cache.cache_folder", "studies.study.fingerprint", "data.images.content_id",
@@ -65,7 +65,7 @@ HASHES = ("cache.made_of", "cache.cache_folder", "studies.study.fingerprint", "d
 #: Arguments that may be one value or several, and those that may be anything; L0 counts NaN as silent.
 SEVERAL, FREE = {"latents", "rows", "seed", "labels"}, {"ids", "pixels", "otherwise"}
 #: Answers that hold NaN where there is nothing to be said, as their docstrings state.
-UNDEFINED = ("latents.", "masks.overlap", "studies.study.Study.statistics")
+UNDEFINED = ("latents.", "masks.overlap", "studies.study.Study.statistics", "studies.study.Study.answers")
 
 
 class Case(NamedTuple):
@@ -104,7 +104,7 @@ def mutations(name: str, value, optional: bool, w: World, rng) -> Iterator[tuple
     elif isinstance(value, Path):
         yield from _paths(value, w, rng)
     elif isinstance(value, list | tuple | range):
-        yield from _lists(list(value), rng)
+        yield from _lists(name, list(value))
     elif isinstance(value, dict):
         yield from (("a value None", value | dict.fromkeys(list(value)[:1]), UNUSED),
                     ("one less", dict(list(value.items())[1:]), FINITE), ("one more", value | {"x": 3}, UNUSED))
@@ -165,14 +165,15 @@ def _arrays(x, rng) -> Iterator[tuple[str, object, str]]:
     yield ("negative strides", array[::-1].copy()[::-1], SAME)
 
 
-def _lists(value: list, rng) -> Iterator[tuple[str, object, str]]:
+def _lists(name: str, value: list) -> Iterator[tuple[str, object, str]]:
     """The same for a list."""
     yield from (("empty", [], FINITE), ("twice", value + value[:1], FINITE), ("a string", "word", UNUSED),
                 ("a None in it", [*value[1:], None], UNUSED), ("nested", [value], UNUSED),
                 ("tuple", tuple(value), SAME))
     if value and all(isinstance(x, int) for x in value):
         yield from ((str(x), [*value[1:], x], UNUSED) for x in (1.7, math.nan, math.inf, "1", True))
-        yield from (("-1", [*value[1:], -1], NEVER), ("10**9", [*value[1:], 10**9], FINITE),
+        negative = FINITE if name in SIGNED else NEVER
+        yield from (("-1", [*value[1:], -1], negative), ("10**9", [*value[1:], 10**9], FINITE),
                     ("array", np.array(value), SAME), ("tensor", torch.tensor(value), SAME))
     if value and all(isinstance(x, str) for x in value):
         yield from ((repr(x), [*value[1:], x], UNUSED) for x in (3, b"b", ["a"]))

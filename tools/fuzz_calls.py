@@ -19,6 +19,7 @@ from patchsae.clip import Clip  # noqa: E402
 from patchsae.data.adapters import TorchImages  # noqa: E402
 from patchsae.data.datasets import FolderDataset, Subset  # noqa: E402
 from patchsae.data.images import HubDataset  # noqa: E402
+from patchsae.latents import Question  # noqa: E402
 from patchsae.maple import class_tokens, new_maple  # noqa: E402
 from patchsae.studies.study import Study  # noqa: E402
 from patchsae.train import Training  # noqa: E402
@@ -160,6 +161,7 @@ CALLS = {
     "clip.Clip": lambda w: {"model": random_clip_model(), "tokenizer": w.clip.tokenizer, "processor": None},
     "clip.Clip.block": lambda w: {"self": w.clip, "layer": LAYER},
     "clip.Clip.below": lambda w: {"self": w.clip, "pixels": w.pixels, "layer": LAYER},
+    "clip.Clip.between": lambda w: {"self": w.clip, "z": w.z, "layer": 1, "later": LAYER},
     "clip.Clip.above": lambda w: {"self": w.clip, "z": w.z, "layer": LAYER},
     "clip.Clip.embed": lambda w: {"self": w.clip, "pixels": w.pixels},
     "clip.Clip.before_block": lambda w: {"self": w.clip, "z": w.z, "i": 2},
@@ -223,12 +225,14 @@ CALLS = {
     "activations.pixel_batches": lambda w: {"clip": w.clip, "ds": w.ds, "batch_images": 5, "title": ""},
     "activations.token_batches": lambda w: {"clip": w.clip, "ds": w.ds, "layer": LAYER, "batch_images": 5, "title": ""},
     "activations.finite_tokens": lambda w: {"clip": w.clip, "batch": load_pixels(w.clip, w.ds, [0, 5]),
-                                            "layer": LAYER},
+                                            "layers": [LAYER, 0]},
+    "activations.tokens_at": lambda w: {"clip": w.clip, "pixels": w.pixels, "layers": [LAYER, 0]},
     "activations.kept_pixels": lambda w: {"clip": w.clip, "ds": w.ds},
     "activations.epoch_rows": lambda w: {"n": 9, "epoch": 2, "seed": 3},
     "activations.training_rows": lambda w: {"n": 9, "step": 2, "batch_images": 4, "seed": 3},
-    "activations.TrainingTokens": lambda w: {"clip": w.clip, "ds": w.ds, "layer": LAYER, "bf16": False, "cache": None},
-    "activations.TrainingTokens.batches": lambda w: {"self": TrainingTokens(w.clip, w.ds, LAYER),
+    "activations.TrainingTokens": lambda w: {"clip": w.clip, "ds": w.ds, "layers": [LAYER, 0], "bf16": False,
+                                             "caches": ()},
+    "activations.TrainingTokens.batches": lambda w: {"self": TrainingTokens(w.clip, w.ds, [LAYER]),
                                                      "rows": [np.arange(3), np.arange(5)]},
     "cache.made_of": lambda w: {"clip": w.clip, "ds": w.ds, "layer": LAYER},
     "cache.cache_folder": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
@@ -254,19 +258,24 @@ CALLS = {
     "train.Training.resume": lambda w: {"self": Training(w.sae()), "folder": w.folder / "checkpoint"},
     "train.train_steps": lambda w: {"sae": w.sae(), "batches": [w.z, w.z], "lr": 0.1, "l1": 0.1, "warmup": 3,
                                     "dead_after": 5, "ghost": False},
-    "train.training_batches": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds, "steps": range(2, 4)},
-    "train.new_sae": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
+    "train.training_batches": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds, "steps": range(2, 4)},
+    "train.rides": lambda w: {"profile": w.profile},
+    "train.new_saes": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
     "train.run_key": lambda w: {"profile": w.profile, "clip": w.clip},
     "train.train_sae": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds, "folder": w.folder / "new" / "run"},
+    "train.train_saes": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds,
+                                   "folders": [w.folder / "new" / "run"]},
     "latents.LatentStatistics": lambda w: {f.name: getattr(w.lat, f.name) for f in dataclasses.fields(w.lat)},
     "latents.LatentStatistics.table": lambda w: {"self": w.lat},
     "latents.LatentStatistics.save": lambda w: {"self": w.lat, "folder": w.folder / "new" / "latents"},
     "latents.LatentStatistics.load": lambda w: {"folder": w.folder / "latents"},
+    "latents.Question": lambda w: {"clip": w.clip, "sae": w.sae(), "layer": LAYER, "tokens": "cls"},
     "latents.collect_latents": lambda w: {"clip": w.clip, "sae": w.sae(), "ds": w.ds, "layer": LAYER, "tau": 0.1,
-                                          "n_reference": 3, "batch_images": 5, "tokens": "cls", "title": ""},
-    "latents.saved_latents": lambda w: {"folder": w.folder / "new", "clip": w.clip, "sae": w.sae(), "ds": w.ds,
-                                        "layer": LAYER, "tau": 0.1, "n_reference": 3, "batch_images": 5,
-                                        "tokens": "cls"},
+                                          "n_reference": 3, "batch_images": 5, "tokens": "cls"},
+    "latents.collect_many": lambda w: {"questions": _questions(w), "ds": w.ds, "tau": 0.1, "n_reference": 3,
+                                       "batch_images": 5, "title": ""},
+    "latents.saved_latents": lambda w: {"folder": w.folder / "new", "questions": _questions(w), "ds": w.ds, "tau": 0.1,
+                                        "n_reference": 3, "batch_images": 5},
     "latents.label_entropy": lambda w: {"labels": w.lat.reference_labels, "values": w.lat.reference_values,
                                         "n_classes": 3},
     "masks.heat_maps": lambda w: {"clip": w.clip, "sae": w.sae(), "pixels": w.pixels, "layer": LAYER,
@@ -359,6 +368,8 @@ CALLS = {
     "studies.study.Study.images": lambda w: {"self": w.study(), "task": "animals", "split": "test"},
     "studies.study.Study.statistics": lambda w: {"self": w.study(), "sae": w.sae(), "ds": w.ds, "layer": 1,
                                                  "tokens": "cls"},
+    "studies.study.Study.answers": lambda w: {"self": w.study(), "questions": _questions(w), "ds": w.ds},
+    "studies.study.Study.saes": lambda w: {"self": w.study(), "profiles": [w.profile]},
     "studies.study.Study.variant": lambda w: {"self": w.study(), "profile": w.profile},
     "studies.study.Study.next_seed": lambda w: {"self": w.study()},
     "studies.study.open_study": lambda w: {"profile": w.profile},
@@ -367,9 +378,20 @@ CALLS = {
     "studies.study.committed_folder": lambda w: {"profile": w.profile, "clip": w.clip},
     "studies.study.committed_log": lambda w: {"profile": w.profile, "clip": w.clip},
     "studies.study.trained_sae": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
+    "studies.study.trained_saes": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
+    "studies.study.train_missing": lambda w: {"profiles": [w.profile], "clip": w.clip, "ds": w.ds},
+    "studies.study.compared": lambda w: {"profile": w.profile},
+    "studies.study.next_seed": lambda w: {"profile": w.profile},
+    "studies.study.has_masks": lambda w: {"profile": w.profile},
+    "studies.study.passes": lambda w: {"profiles": [w.profile], "width": 12, "device": "cpu"},
+    "studies.study.training_bytes": lambda w: {"profile": w.profile, "width": 12},
     "studies.study.given_sae": lambda w: {"profile": w.profile.with_sae(weights=str(w.folder / "sae")),
                                           "clip": w.clip},
 }
+
+
+def _questions(w: World) -> list[Question]:
+    return [Question(w.clip, w.sae(), LAYER), Question(w.clip, w.sae(), 0, "cls")]
 
 
 def _cache(w: World):

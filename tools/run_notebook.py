@@ -55,6 +55,12 @@ def written_files(manifest: Path, root: Path) -> dict[str, str]:
     return {name: file_hash(root / name) for name in names}
 
 
+def images_read(path: Path) -> float:
+    """Passes over the training images that the reader counted: a line each time, how many were read of how many."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return sum(int(n) / int(of) for n, of in map(str.split, lines))
+
+
 @contextlib.contextmanager
 def one_at_a_time(path: Path):
     """Hold a lock file: under ``make -j`` a notebook that two others wait for runs once."""
@@ -166,17 +172,21 @@ def run(name: str, root: Path, profile: str, in_place: bool = False, quiet: bool
             return None if quiet else print(f"{name}: up to date", flush=True)
         start, (computed, _) = time.monotonic(), used_so_far()
         stamp.unlink(missing_ok=True)
-        manifest.unlink(missing_ok=True)
-        notebook, text = execute(path, kernel_environment(root, manifest, profile))
+        read = build / f"{name}.read"
+        for file in (manifest, read):
+            file.unlink(missing_ok=True)
+        notebook, text = execute(path, kernel_environment(root, manifest, profile) | {"PATCHSAE_READ": str(read)})
         files = written_files(manifest, home)
         write_text(build / f"{name}.ipynb", text)
         if in_place:
             check_outputs(notebook, name)
             write_text(path, text)
         seconds, (processor, peak) = time.monotonic() - start, used_so_far()
-        took = {"seconds": round(seconds, 1), "processor_seconds": round(processor - computed, 1), "peak_bytes": peak}
+        took = {"seconds": round(seconds, 1), "processor_seconds": round(processor - computed, 1), "peak_bytes": peak,
+                "passes": round(passes := images_read(read), 3)}
         write_text(stamp, json.dumps({"key": key, "files": files} | took, indent=1) + "\n")
-    print(f"{name}: {seconds:.0f} s, {sum(file.endswith('.png') for file in files)} figures", flush=True)
+    said = f", training images read {passes:.2f} times" if passes else ""
+    print(f"{name}: {seconds:.0f} s, {sum(file.endswith('.png') for file in files)} figures{said}", flush=True)
 
 
 def main() -> None:

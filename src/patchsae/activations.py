@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
-from patchsae.data.checks import Layer, Natural, Seed, Whole, guard, indices
+from patchsae.data.checks import Layer, Natural, Pixels, Seed, Whole, guard, indices
 from patchsae.data.datasets import ArrayDataset
 from patchsae.data.images import Images, Unreadable
 from patchsae.data.reading import read_ahead, read_rows
@@ -90,14 +90,24 @@ def pixel_batches(clip: Clip, ds, batch_images: Natural = 64, title: str = "") -
 def token_batches(clip: Clip, ds, layer: Layer, batch_images: Natural = 64, title: str = "") -> Iterator[TokenBatch]:
     """The tokens of every image once, in order."""
     for batch in pixel_batches(clip, ds, batch_images, title):
-        yield TokenBatch(finite_tokens(clip, batch, layer), *batch[1:])
+        yield TokenBatch(*finite_tokens(clip, batch, [layer]), *batch[1:])
 
 
-def finite_tokens(clip: Clip, batch: PixelBatch, layer: Layer) -> torch.Tensor:
-    """Tokens of a batch of images at the cut ``[B,T,D]``, all of them finite."""
-    z = clip.below(batch.pixels, layer)
-    refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
-    return z
+def finite_tokens(clip: Clip, batch: PixelBatch, layers: Sequence[Layer]) -> list[torch.Tensor]:
+    """Tokens of a batch of images at each of some layers, ``[B,T,D]``, all of them finite."""
+    found = tokens_at(clip, batch.pixels, layers)
+    for z in found:
+        refuse_not_finite(z, batch.ids, batch.rows, "gives tokens", "check its pixels and the model's weights")
+    return found
+
+
+def tokens_at(clip: Clip, pixels: Pixels, layers: Sequence[Layer]) -> list[torch.Tensor]:
+    """What ``clip.below`` gives at each of some layers, ``[B,3,H,W] -> [B,T,D]``; no block is computed twice."""
+    found, last = {}, None
+    for block in sorted(map(clip.block, layers)):
+        found[block] = clip.below(pixels, block) if last is None else clip.between(found[last], last, block)
+        last = block
+    return [found[clip.block(layer)] for layer in layers]
 
 
 def kept_pixels(clip: Clip, ds: Images) -> Images:
@@ -133,47 +143,60 @@ def training_rows(n: Whole, step: Whole, batch_images: Natural, seed: Seed) -> n
 
 
 class TrainingTokens:
-    """Image tokens of the images at any positions of a data set: ``tokens[rows] -> [B,T,D]``.
+    """Image tokens of the images at any positions of a data set, at each of ``layers``: ``tokens[rows]`` is a list of
+    ``[B,T,D]``. Images are read and blocks computed once for all layers.
 
-    They are read from a disk cache where one is given (see ``cache``). Otherwise, where all of them fit into ``MEMORY``
-    bytes, they are computed once and kept; else they are computed whenever they are asked for, ``bf16`` for autocast.
+    They are read from disk caches where these are given, one a layer (see ``cache``). Otherwise, where all of a layer's
+    fit into ``MEMORY`` bytes, they are computed once and kept; else whenever they are asked for, ``bf16`` for autocast.
     Each way the same rows give the same bytes again, so that a resumed training goes on as it would have.
     """
 
-    def __init__(self, clip: Clip, ds: Images, layer: Layer, bf16: bool = False, cache=None):
-        self.clip, self.ds, self.layer, self.bf16, self.cache, self.kept = clip, ds, layer, bf16, cache, None
-        if not hasattr(cache, "manifest") and cache is not None:
-            raise ValueError(f"The cache is a {type(cache).__name__}; give what open_cache returns.")
-        if cache is not None:
+    def __init__(self, clip: Clip, ds: Images, layers: Sequence[Layer], bf16: bool = False, caches: Sequence = ()):
+        self.clip, self.ds, self.layers, self.bf16, self.caches = clip, ds, list(layers), bf16, list(caches)
+        self.kept = None
+        if wrong := [cache for cache in caches if not hasattr(cache, "manifest")]:
+            raise ValueError(f"A cache is a {type(wrong[0]).__name__}; give what open_cache returns.")
+        for cache in caches:
             ds.unreadable.update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
-        elif 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
-            with self._autocast():
-                kept = list(token_batches(clip, ds, layer, title="tokens of the images"))
-            self.kept = torch.cat([batch.z[:, :clip.n_tokens].float() for batch in kept])
-            read = np.concatenate([batch.rows for batch in kept])
-            self.place = np.full(len(ds), -1)
-            self.place[read] = np.arange(len(read))
+        # The same for one layer as for several, since tokens computed in other batches round otherwise.
+        if not caches and 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
+            self._keep()
 
-    def __getitem__(self, rows: np.ndarray) -> torch.Tensor:
+    def _keep(self) -> None:
+        """Compute the tokens of all images, and note where those of each position are."""
+        parts, read = [], []
+        with torch.no_grad(), self._autocast():
+            for batch in pixel_batches(self.clip, self.ds, title="tokens of the images"):
+                parts.append([self._of_images(z) for z in finite_tokens(self.clip, batch, self.layers)])
+                read += batch.rows.tolist()
+        self.kept, self.place = list(map(torch.cat, zip(*parts))), np.full(len(self.ds), -1)
+        self.place[read] = np.arange(len(read))
+
+    def __getitem__(self, rows: np.ndarray) -> list[torch.Tensor]:
         return next(self.batches([rows]))
+
+    def _of_images(self, z: torch.Tensor) -> torch.Tensor:
+        return z[:, :self.clip.n_tokens].float()
 
     def _autocast(self):
         return torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def batches(self, rows: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+    def batches(self, rows: Iterable[np.ndarray]) -> Iterator[list[torch.Tensor]]:
         """The tokens of each batch of positions, float32; images that cannot be read are left out."""
-        if self.cache is not None:
-            for z in self.cache.batches(list(rows), self.clip.device):
-                yield z.float()
+        rows = list(rows)
+        if self.caches:
+            for found in zip(*(cache.batches(rows, self.clip.device) for cache in self.caches)):
+                yield [z.float() for z in found]
         elif self.kept is not None:
             for batch in rows:
                 places = self.place[indices(batch, len(self.place), "positions")]
-                yield self.kept[torch.from_numpy(places[places >= 0])]
+                places = torch.from_numpy(places[places >= 0])
+                yield [z[places] for z in self.kept]
         else:
-            for batch in read_pixels(self.clip, self.ds, list(rows)):
+            for batch in read_pixels(self.clip, self.ds, rows):
                 with torch.no_grad(), self._autocast():
-                    z = self.clip.below(batch.pixels, self.layer)
-                yield z[:, :self.clip.n_tokens].float()
+                    found = tokens_at(self.clip, batch.pixels, self.layers)
+                yield [self._of_images(z) for z in found]
 
 
 guard(globals())

@@ -72,7 +72,7 @@ def open_cache(folder: Path, clip: Clip | None = None, ds: Images | None = None,
     return Cache(Path(folder), made_of(clip, ds, layer))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)  # a layer each, of those that train in one pass
 def profile_cache(profile: Profile, clip: Clip, ds: Images) -> "Cache | None":
     """The disk cache that the profile trains on, if it does."""
     if not profile.data.cache:

@@ -60,11 +60,16 @@ class Clip:
 
     def below(self, pixels: checks.Pixels, layer: checks.Layer) -> torch.Tensor:
         """Residual stream after block ``layer``: ``[B,3,H,W] -> [B,T,D]``, the class token first (sec. 3.1)."""
-        z = self.embed(pixels.to(self.device))
-        for i, block in enumerate(self.blocks[:self.block(layer) + 1]):
-            z = block(self.before_block(z, i), None)
+        z = self._through(self.embed(pixels.to(self.device)), 0, self.block(layer) + 1)
         assert z.ndim == 3 and z.shape[1] >= self.n_tokens, "a block returned something else than tokens"
         return z
+
+    def between(self, z: checks.BatchTokens, layer: checks.Layer, later: checks.Layer) -> torch.Tensor:
+        """Residual stream after block ``later`` from that after block ``layer``: ``[B,T,D] -> [B,T,D]``. What is looked
+        at after several blocks is computed once: ``between(below(x, i), i, j)`` is ``below(x, j)``, bit for bit."""
+        if self.block(later) < self.block(layer):
+            raise ValueError(f"Layer {later} comes before layer {layer}; give the earlier one first.")
+        return self._through(z, self.block(layer) + 1, self.block(later) + 1)
 
     def above(self, z: checks.BatchTokens, layer: checks.Layer) -> torch.Tensor:
         """Finish the forward pass: ``[B,T,D] -> [B,P]``, not normalised. ``above(below(x)) == model(x)``.
@@ -72,11 +77,15 @@ class Clip:
         Only the class token is read at the end, so the last block is computed for its query alone.
         """
         last = len(self.blocks) - 1
-        for i in range(self.block(layer) + 1, last):
-            z = self.blocks[i](self.before_block(z, i), None)
+        z = self._through(z, self.block(layer) + 1, last)
         cut_at_end = self.block(layer) == last
         class_token = z[:, 0] if cut_at_end else _class_token(self.blocks[last], self.before_block(z, last))
         return self.model.visual_projection(self.model.vision_model.post_layernorm(class_token))
+
+    def _through(self, z: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        for i in range(first, end):
+            z = self.blocks[i](self.before_block(z, i), None)
+        return z
 
     def embed(self, pixels: checks.Pixels) -> torch.Tensor:
         """What enters the first block: ``[B,3,H,W] -> [B,T,D]``. An adapted tower appends its prompt tokens here."""

@@ -28,7 +28,8 @@ def _project_folder() -> Path:
 ROOT = _project_folder()
 PROFILES = Path(__file__).with_name("profiles")
 #: Settings of the autoencoder that are left out of its key, so that a new choice does not rename old ones.
-USUAL = {"weights": "", "activation": "relu", "shuffle": "images", "precision": "float32"}
+USUAL = {"weights": "", "activation": "relu", "shuffle": "images", "one_order": False,
+         "precision": "float32"}
 
 
 def as_path(path: str | Path) -> Path:
@@ -139,7 +140,8 @@ class SaeSettings:
 
     ``expansion``: latents per model dimension. ``l1``: lambda. ``warmup``, ``dead_after``, ``steps``, ``save_every``:
     training steps. ``b_dec``: its start; by position is the published variant. ``k``: active latents per token of
-    activations that fix it. ``shuffle``: batches of whole "images" (the paper's) or of "tokens" of many. ``precision``:
+    activations that fix it. ``shuffle``: batches of whole "images" (the paper's) or of "tokens" of many; ``one_order``:
+    they come in one order whatever the seed, so that several seeds train in one pass over the images. ``precision``:
     "bf16" is autocast with float32 weights. ``weights``: a file, folder or hub name to use as it is (see ``formats``).
     """
 
@@ -154,6 +156,7 @@ class SaeSettings:
     activation: Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"] = "relu"
     k: Whole = 150
     shuffle: Literal["images", "tokens"] = "images"
+    one_order: bool = True
     precision: Literal["float32", "bf16"] = "float32"
     batch_images: Natural = 128
     steps: Natural = 20_480
@@ -256,6 +259,11 @@ class Profile:
     def at_layer(self, layer: int) -> "Profile":
         """The same profile with the cut at another block, where given weights do not belong."""
         return dataclasses.replace(self.with_sae(), model=dataclasses.replace(self.model, layer=layer))
+
+    @property
+    def order(self) -> int:
+        """Seed of the order in which training takes the images."""
+        return 0 if self.sae.one_order else self.seed
 
     def sae_settings(self) -> dict:
         """Everything that decides which autoencoder training gives: what a trained one is keyed by."""

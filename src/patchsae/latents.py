@@ -1,6 +1,7 @@
 """Statistics of every latent in one pass (sec. 3.2, eq. 3-5): frequency, strength, reference images, classes."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from patchsae.activations import token_batches
+from patchsae.activations import finite_tokens, pixel_batches
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
 from patchsae.data.checks import Layer, Natural, NotNegative, Whole, guard
@@ -99,9 +100,20 @@ class LatentStatistics:
                          "again.")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What statistics are of: the tokens of a tower at a layer, and an autoencoder; ``tokens``: see
+    ``collect_latents``."""
+
+    clip: Clip
+    sae: SparseAutoencoder
+    layer: Layer
+    tokens: Literal[*TOKENS] = "all"
+
+
 def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: Layer, tau: NotNegative = 0.2,
-                    n_reference: Natural = 10, batch_images: Natural = 64, tokens: Literal[*TOKENS] = "all",
-                    title: str = "") -> LatentStatistics:
+                    n_reference: Natural = 10, batch_images: Natural = 64,
+                    tokens: Literal[*TOKENS] = "all") -> LatentStatistics:
     """Statistics, reference images and class counts in one pass over ``ds``: an ``Images``, a torch data set of
     (image, label), or a ``DataLoader`` of one.
 
@@ -109,57 +121,85 @@ def collect_latents(clip: Clip, sae: SparseAutoencoder, ds, layer: Layer, tau: N
     tower's prompt tokens as if they were patches, as the published code does. Processes that were launched together
     share the batches, and each of them returns the statistics of the whole.
     """
-    ds = as_images(ds)
-    mine, encoder = Share(ds, batch_images), Encoder(sae)
-    running, ids, labels, rows = _Running(sae.n_latents, len(ds.class_names), n_reference, tau, clip.device), [], [], []
+    return collect_many([Question(clip, sae, layer, tokens)], ds, tau, n_reference, batch_images)[0]
+
+
+def collect_many(questions: Sequence[Question], ds, tau: NotNegative = 0.2, n_reference: Natural = 10,
+                 batch_images: Natural = 64, title: str = "") -> list[LatentStatistics]:
+    """What ``collect_latents`` answers to each of some questions, in one pass over ``ds``: every image is read once,
+    and every block of a tower computed once. Towers must agree about what happens to an image before the first block.
+    """
+    if len({question.clip.preprocessing() for question in questions}) != 1:
+        raise ValueError(f"{len(questions)} questions are about models that do not preprocess images alike; ask about "
+                         "those that do in one pass, and about at least one.")
+    ds, ids, labels, rows = as_images(ds), [], [], []
+    mine, towers = Share(ds, batch_images), {question.clip: [] for question in questions}
+    running = [_Running(question, len(ds.class_names), n_reference, tau) for question in questions]
+    for answer in running:
+        towers[answer.asked.clip].append(answer)
     with torch.no_grad(), onednn.Linears():
         # A process beyond the last batch has nothing to do; a data set without images is an error all the same.
-        for batch in token_batches(clip, mine, layer, batch_images, title) if len(mine) or not len(ds) else ():
-            # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
-            z = batch.z[:, :{"cls": 1, "all": clip.n_tokens, "all and prompts": batch.z.shape[1]}[tokens]]
-            running.add(*encoder.image_level(z, tau), batch.labels.to(clip.device))
+        for batch in (pixel_batches(questions[0].clip, mine, batch_images, title) if len(mine) or not len(ds) else ()):
+            for clip, answers in towers.items():
+                found = finite_tokens(clip, batch, [answer.asked.layer for answer in answers])
+                for answer, z in zip(answers, found):
+                    answer.look_at(z, batch.labels.to(clip.device))
             ids += batch.ids
             labels += batch.labels.tolist()
             rows += mine.places(batch.rows)
-    running.merge()
+    for answer in running:
+        answer.merge()
     ids, labels, rows = (sum(lists, []) for lists in zip(*processes.gathered((ids, labels, rows))))
     mine.tell_unreadable()
-    return running.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows),
-                          block=clip.block(layer), class_names=ds.class_names, sae_hash=sae.fingerprint(),
-                          n_unreadable=len(ds.unreadable))
+    return [answer.finish(np.array(ids, dtype=object), torch.tensor(labels), torch.tensor(rows),
+                          class_names=ds.class_names, n_unreadable=len(ds.unreadable)) for answer in running]
 
 
-def saved_latents(folder: Path, clip: Clip, sae: SparseAutoencoder, ds: Images, layer: Layer, tau: NotNegative = 0.2,
-                  n_reference: Natural = 10, batch_images: Natural = 64,
-                  tokens: Literal[*TOKENS] = "all") -> LatentStatistics:
-    """``collect_latents``, kept in ``folder`` under a key of all that decides it.
+def saved_latents(folder: Path, questions: Sequence[Question], ds: Images, tau: NotNegative = 0.2,
+                  n_reference: Natural = 10, batch_images: Natural = 64) -> list[LatentStatistics]:
+    """``collect_many``, each answer kept in ``folder`` under a key of all that decides it; one pass finds what is not
+    there.
 
     Of processes that were launched together the first one writes, and all of them read what it wrote.
     """
-    key = result_key(VERSION, model=clip.fingerprint(), preprocessing=clip.preprocessing(),
-                     autoencoder=sae.fingerprint(), images=ds.fingerprint(), block=clip.block(layer), tau=tau,
-                     n_reference=n_reference, tokens=tokens)
-    folder = folder / f"latents-{key}"
+    places = [folder / f"latents-{_key(question, ds, tau, n_reference)}" for question in questions]
+    asked = dict(zip(places, questions))
     # The first process's answer, since the others may look when it has just been written.
-    if not processes.gathered((folder / "latents.json").is_file())[0]:
-        title = f"latents of {len(ds)} images"
-        statistics = collect_latents(clip, sae, ds, layer, tau, n_reference, batch_images, tokens, title)
+    new = processes.gathered([place for place in asked if not (place / "latents.json").is_file()])[0]
+    if new:
+        found = collect_many([asked[place] for place in new], ds, tau, n_reference, batch_images,
+                             f"latents of {len(ds)} images")
         if processes.rank() == 0:
-            statistics.save(folder)
+            for place, statistics in zip(new, found):
+                statistics.save(place)
         processes.wait()
-    return LatentStatistics.load(folder)
+    return list(map(LatentStatistics.load, places))
+
+
+def _key(asked: Question, ds: Images, tau: float, n_reference: int) -> str:
+    """Everything that decides the answer to a question."""
+    return result_key(VERSION, model=asked.clip.fingerprint(), preprocessing=asked.clip.preprocessing(),
+                      autoencoder=asked.sae.fingerprint(), images=ds.fingerprint(), block=asked.clip.block(asked.layer),
+                      tau=tau, n_reference=n_reference, tokens=asked.tokens)
 
 
 class _Running:
-    """Sums and strongest images of the pass so far."""
+    """Sums and strongest images of the pass so far, for one question."""
 
-    def __init__(self, n_latents: int, n_classes: int, k: int, tau: float, device):
-        self.tau, self.n_images = tau, 0
+    def __init__(self, asked: Question, n_classes: int, k: int, tau: float):
+        self.asked, self.encoder, self.tau, self.n_images = asked, Encoder(asked.sae), tau, 0
+        n_latents, device = asked.sae.n_latents, asked.clip.device
         self.active = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.strength = torch.zeros(n_latents, dtype=torch.double, device=device)
         self.values = torch.zeros(n_latents, k, device=device)
         self.rows = torch.full((n_latents, k), -1, dtype=torch.long, device=device)
         self.class_counts = torch.zeros(n_classes, n_latents, dtype=torch.long, device=device)
+
+    def look_at(self, z: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count the tokens ``[B,T,D]`` of images with labels ``[B]``."""
+        # What follows the image tokens in z (an adapted tower's prompts) is not part of the image.
+        counted = {"cls": 1, "all": self.asked.clip.n_tokens, "all and prompts": z.shape[1]}[self.asked.tokens]
+        self.add(*self.encoder.image_level(z[:, :counted], self.tau), labels)
 
     def add(self, strength: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor) -> None:
         """Count image-level activations and tokens above tau ``[B,S]`` of images with labels ``[B]``."""
@@ -213,7 +253,8 @@ class _Running:
             reference_ids=np.where(filled.numpy(), ids[rows.clamp_min(0).numpy()], ""),
             reference_rows=torch.where(filled, positions[rows.clamp_min(0)], -1),
             reference_labels=reference_labels, reference_values=values, class_counts=self.class_counts.cpu(),
-            n_images=self.n_images, tau=self.tau, **known)
+            n_images=self.n_images, tau=self.tau, block=self.asked.clip.block(self.asked.layer),
+            sae_hash=self.asked.sae.fingerprint(), **known)
 
 
 def label_entropy(labels: Annotated[torch.Tensor, "int S,k"], values: Annotated[torch.Tensor, "S,k"],

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -109,6 +109,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.steps_done + 1) / max(1, self.warmup))
         self.optimizer.step()
+        self.optimizer.zero_grad()  # gradients of one of several autoencoders at a time are in memory
         self.quiet = torch.where(processes.anywhere(fired), 0, self.quiet + 1)
         self.steps_done, self.most = self.steps_done + 1, torch.maximum(self.most, n_active)
         tokens = z.flatten(0, -2)
@@ -222,34 +223,51 @@ def train_steps(sae: SparseAutoencoder, batches: Iterable[torch.Tensor], lr: Rat
 
 # The run ------------------------------------------------------------------------------------------------
 
-#: The tokens of a model and data set at a layer; the last ones asked for are kept.
+#: The tokens of a model and data set at some layers; the last ones asked for are kept.
 _tokens = functools.lru_cache(maxsize=1)(TrainingTokens)
 
 
-def training_batches(profile: Profile, clip: Clip, ds: Images, steps: range) -> Iterator[torch.Tensor]:
-    """Tokens of each training step: whole images ``[B,T,D]`` or shuffled tokens ``[B*T,D]``, of all tokens or of the
-    class tokens alone (T = 1). Of several processes each has its share of every batch."""
-    s, cache = profile.sae, profile_cache(profile, clip, ds)
-    tokens = _tokens(clip, ds, profile.model.layer, s.precision == "bf16", cache)
+def training_batches(profiles: Sequence[Profile], clip: Clip, ds: Images, steps: range) -> Iterator[list[torch.Tensor]]:
+    """For each step the tokens that each of some profiles trains on: whole images ``[B,T,D]`` or shuffled tokens
+    ``[B*T,D]``, of all tokens or of the class tokens alone (T = 1). Images are read once for all profiles, which must
+    take them in one order (see ``rides``). Of several processes each has its share of every batch."""
+    if len(set(map(rides, profiles))) != 1:
+        raise ValueError("These profiles do not read the same images in the same order, so that they cannot train in "
+                         "one pass; give each group of equal `rides` to a call of its own.")
+    first, at = profiles[0], {clip.block(profile.model.layer): profile for profile in profiles}
+    s, caches = first.sae, [profile_cache(profile, clip, ds) for profile in at.values()] if first.data.cache else []
+    tokens = _tokens(clip, ds, tuple(at), s.precision == "bf16", tuple(caches))
     if s.batch_images % processes.count():
         raise ValueError(f"A batch of {s.batch_images} images cannot be shared evenly by {processes.count()} "
                          "processes; change sae.batch_images or the number of processes.")
     if s.shuffle == "tokens":
-        batches = shuffled_tokens(tokens, steps, s.batch_images // processes.count(), profile.seed, s.tokens == "cls")
+        batches = shuffled_tokens(tokens, steps, s.batch_images // processes.count(), first.order, s.tokens == "cls")
     else:
         mine = np.array(processes.share(s.batch_images))
-        rows = [training_rows(len(ds), step, s.batch_images, profile.seed)[mine] for step in steps]
-        batches = (z[:, :1] if s.tokens == "cls" else z for z in tokens.batches(rows))
-    return ahead(batches, clip.device)
+        batches = tokens.batches(training_rows(len(ds), step, s.batch_images, first.order)[mine] for step in steps)
+    place = [list(at).index(clip.block(profile.model.layer)) for profile in profiles]
+    cut = [p.sae.tokens == "cls" and p.sae.shuffle == "images" for p in profiles]
+    for found in ahead(batches, clip.device):
+        yield [found[i][:, :1] if cls else found[i] for i, cls in zip(place, cut)]
 
 
-def new_sae(profile: Profile, clip: Clip, ds: Images) -> SparseAutoencoder:
-    """An untrained autoencoder of the profile's width, b_dec set from the first batches of whole images."""
-    sae = _empty(profile, clip)
-    whole = dataclasses.replace(profile, sae=dataclasses.replace(profile.sae, shuffle="images"))
-    batches = torch.cat(list(training_batches(whole, clip, ds, range(FIRST_BATCHES))))
-    sae.b_dec.data = initial_b_dec(torch.cat(processes.gathered(batches)), profile.sae.b_dec)
-    return sae.to(clip.device)
+def rides(profile: Profile) -> tuple:
+    """What profiles have in common whose autoencoders can train in one pass over the images of a model: which images,
+    in which order, how many at a time, and how tokens of them are had. Their layers may differ."""
+    s, data = profile.sae, profile.data
+    return (profile.order, s.batch_images, s.shuffle, s.precision, s.tokens if s.shuffle == "tokens" else "",
+            data.source, data.task, data.train_images, data.cache)
+
+
+def new_saes(profiles: Sequence[Profile], clip: Clip, ds: Images) -> list[SparseAutoencoder]:
+    """Untrained autoencoders of the profiles' widths, b_dec set from the first batches of whole images."""
+    whole = [dataclasses.replace(p, sae=dataclasses.replace(p.sae, shuffle="images")) for p in profiles]
+    batches, saes = list(training_batches(whole, clip, ds, range(FIRST_BATCHES))), []
+    for profile, own in zip(profiles, zip(*batches)):
+        sae, z = _empty(profile, clip), torch.cat(processes.gathered(torch.cat(own)))
+        sae.b_dec.data = initial_b_dec(z, profile.sae.b_dec)
+        saes.append(sae.to(clip.device))
+    return saes
 
 
 def _empty(profile: Profile, clip: Clip) -> SparseAutoencoder:
@@ -266,68 +284,102 @@ def run_key(profile: Profile, clip: Clip) -> str:
 
 
 def train_sae(profile: Profile, clip: Clip, ds: Images, folder: Path) -> tuple[SparseAutoencoder, pd.DataFrame]:
-    """Train the profile's autoencoder on a data set, or continue from the last checkpoint in ``folder``.
+    """``train_saes`` of a single profile."""
+    return train_saes([profile], clip, ds, [folder])[0]
 
-    Writes ``checkpoint.safetensors`` every ``save_every`` steps, ``log.csv`` beside it, and at the end, in the
-    checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns it and the log. Of several
+
+def train_saes(profiles: Sequence[Profile], clip: Clip, ds: Images,
+               folders: Sequence[Path]) -> list[tuple[SparseAutoencoder, pd.DataFrame]]:
+    """Train the profiles' autoencoders in one pass over a data set, each from the last checkpoint in its folder on.
+
+    Every image is read and every block computed once for all of them; each ends in the bytes that it has alone, so that
+    a run may go on with others than it began with. The profiles must take the same images in one order (``rides``).
+    Each folder gets ``checkpoint.safetensors`` every ``save_every`` steps, ``log.csv`` beside it, and at the end, in
+    the checkpoint's place, the autoencoder itself, decoder rows of unit length. Returns these and the logs. Of several
     processes the first one writes.
     """
-    run = _Run(profile, clip, ds, Path(folder))
-    run.begin()
-    while run.training.steps_done < profile.sae.steps:
-        try:
-            run.go_on()
-        except TooManyActive:
-            run.begin(room=2 * run.training.room // ROOM)
-    sae = run.training.trained()
-    if processes.rank() == 0:
-        sae.save_pretrained(folder)
-        for name in ("training.json", "checkpoint.safetensors"):
-            (run.folder / name).unlink(missing_ok=True)
-    processes.wait()
-    return sae, pd.DataFrame(run.log, columns=LOG_COLUMNS)
+    if not profiles or not len(profiles) == len(folders) == len(set(folders)):
+        raise ValueError(f"There are {len(profiles)} profiles and {len(folders)} folders; give each of at least one "
+                         "profile a folder of its own.")
+    runs = [_Run(profile, clip, folder) for profile, folder in zip(profiles, folders)]
+    _begin(runs, ds)
+    while not all(run.done for run in runs):
+        _go_on(runs, ds)
+    # The first one last: while it is not written, its checkpoint is there, and who asks for it again has it at once.
+    return [run.finish() for run in reversed(runs)][::-1]
+
+
+def _begin(runs: list["_Run"], ds: Images, room: int = 1) -> None:
+    """Start runs, or take up their last checkpoints; with so many times the usual room for active latents."""
+    new = [run for run in runs if not run.begun]
+    fresh = iter(new_saes([run.profile for run in new], new[0].clip, ds) if new else ())
+    for run in runs:
+        run.begin(next(fresh) if run in new else None, room)
+
+
+def _go_on(runs: list["_Run"], ds: Images) -> None:
+    """Take the steps that are left. A run that is ahead of others waits for them; one that had too little room goes
+    back to its checkpoint, and the pass with it."""
+    steps = range(min(run.training.steps_done for run in runs), max(run.profile.sae.steps for run in runs))
+    what = "training the autoencoder" if len(runs) == 1 else f"training {len(runs)} autoencoders"
+    batches = training_batches([run.profile for run in runs], runs[0].clip, ds, steps)
+    with tqdm(total=steps.stop, initial=steps.start, desc=what, mininterval=1,
+              disable=processes.rank() > 0 or None) as bar:
+        for step, found in zip(steps, batches):
+            for run, z in zip(runs, found):
+                if run.training.steps_done == step and not run.done:
+                    try:
+                        run.step(z)
+                    except TooManyActive:
+                        return _begin([run], ds, 2 * run.training.room // ROOM)
+            bar.update()
+            if runs[0].log:
+                text = "mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}"
+                bar.set_postfix_str(text.format(**dict(zip(LOG_COLUMNS, runs[0].log[-1]))), refresh=False)
 
 
 class _Run:
     """A training and its log, kept in a folder."""
 
-    def __init__(self, profile: Profile, clip: Clip, ds: Images, folder: Path):
-        self.profile, self.clip, self.ds, self.folder, self.key = profile, clip, ds, folder, run_key(profile, clip)
+    def __init__(self, profile: Profile, clip: Clip, folder: Path):
+        self.profile, self.clip, self.folder, self.key = profile, clip, folder, run_key(profile, clip)
+        saved = folder / "training.json"
+        if saved.is_file() and load_json(saved, "key")["key"] != self.key:
+            raise ValueError(f"{folder} holds a training with other settings; choose another folder or remove it.")
 
-    def begin(self, room: int = 1) -> None:
-        """Start, or take up the last checkpoint; with so many times the usual room for active latents."""
-        s, saved = self.profile.sae, self.folder / "training.json"
-        begun = saved.is_file()
-        if begun and load_json(saved, "key")["key"] != self.key:
-            raise ValueError(f"{self.folder} holds a training with other settings; choose another folder or remove it.")
-        sae = _empty(self.profile, self.clip).to(self.clip.device) if begun else new_sae(
-            self.profile, self.clip, self.ds)
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint."""
+        return (self.folder / "training.json").is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.training.steps_done >= self.profile.sae.steps
+
+    def begin(self, fresh: SparseAutoencoder | None, room: int) -> None:
+        """Start from an untrained autoencoder, or without one at the last checkpoint."""
+        s, self.recent = self.profile.sae, []
+        sae = _empty(self.profile, self.clip).to(self.clip.device) if fresh is None else fresh
         self.training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost, s.precision)
-        if begun:
+        if fresh is None:
             self.training.resume(self.folder)
         self.training.make_room(room)
         self.log = _read_log(self.folder / "log.csv", self.training.steps_done)
 
-    def go_on(self) -> None:
-        """Take all steps that are left, adding to the log and saving on the way."""
-        training, steps, recent = self.training, self.profile.sae.steps, []
-        bar = tqdm(total=steps, initial=training.steps_done, desc="training the autoencoder", mininterval=1,
-                   disable=processes.rank() > 0 or None)
-        with bar:
-            for z in training_batches(self.profile, self.clip, self.ds, range(training.steps_done, steps)):
-                recent.append(training.step(z))
-                bar.update()
-                due = training.steps_done % self.profile.sae.save_every == 0 or training.steps_done == steps
-                if due or training.looked:
-                    first = training.steps_done - len(recent) + 1
-                    self.log += [_log_row(first + i, step) for i, step in enumerate(recent)]
-                    recent.clear()
-                    text = "mse {mse:.2e}, L0 {l0:.1f}, dead {dead:.0%}, EV {ev:.2f}"
-                    bar.set_postfix_str(text.format(**dict(zip(LOG_COLUMNS, self.log[-1]))), refresh=False)
-                if due:
-                    if not training.looked:
-                        training.look()
-                    self._save()
+    def step(self, z: torch.Tensor) -> None:
+        """Take a step; at a look add to the log, and where it is due save."""
+        training = self.training
+        self.recent.append(training.step(z))
+        due = training.steps_done % self.profile.sae.save_every == 0 or self.done
+        if due or training.looked:
+            first = training.steps_done - len(self.recent) + 1
+            self.log += [_log_row(first + i, step) for i, step in enumerate(self.recent)]
+            self.recent.clear()
+        if due:
+            if not training.looked:
+                training.look()
+            self._save()
 
     def _save(self) -> None:
         # The log comes first: one that is ahead of its checkpoint is cut, one behind it would have a hole.
@@ -337,6 +389,17 @@ class _Run:
         self.training.save(self.folder)
         if processes.rank() == 0:
             save_json(self.folder / "training.json", {"key": self.key})
+
+    def finish(self) -> tuple[SparseAutoencoder, pd.DataFrame]:
+        """Write the autoencoder in the place of the checkpoint; it and the log."""
+        sae = self.training.trained()
+        del self.training  # whose memory others want
+        if processes.rank() == 0:
+            sae.save_pretrained(self.folder)
+            for name in ("training.json", "checkpoint.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        processes.wait()
+        return sae, pd.DataFrame(self.log, columns=LOG_COLUMNS)
 
 
 def _read_log(path: Path, steps_done: int) -> list[tuple]:

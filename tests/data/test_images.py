@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from patchsae import ArrayDataset, collect_latents
 from patchsae.activations import TrainingTokens, load_pixels, pixel_batches, token_batches
+from patchsae.data.datasets import Subset
 from patchsae.data.images import LONGEST, Crop, FileDataset, Unreadable, in_turn, read_image
 from patchsae.data.reading import MOST_UNREADABLE
 
@@ -186,12 +187,27 @@ def test_workers_give_what_one_process_gives(tmp_path, clip, monkeypatch):
         assert torch.equal(a.labels, b.labels)
 
 
+def test_images_that_are_read_are_counted_where_it_is_asked_for(tmp_path, clip, monkeypatch):
+    """In worker processes too, of parts as of the whole, and of counted data sets alone."""
+    place, ds = tmp_path / "read", folder(tmp_path, 48)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    list(token_batches(clip, ds, LAYER, 4))
+    monkeypatch.setenv("PATCHSAE_READ", str(place))
+    list(token_batches(clip, ds, LAYER, 4))
+    assert not place.exists()
+    ds.counted = True
+    list(token_batches(clip, ds, LAYER, 4))
+    load_pixels(clip, Subset(ds, range(len(ds.class_names)), [5, 3]), [0, 1, 1])
+    counts = [line.split() for line in place.read_text().splitlines()]
+    assert sum(int(n) for n, of in counts) == 48 + 3 and {of for n, of in counts} == {"48"} and len(counts) == 13
+
+
 def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.1)
     ds, rows = folder(tmp_path, 20, bad=(7,)), [np.array([1, 7, 3, 7]), np.array([4, 2])]
-    kept = list(TrainingTokens(clip, ds, LAYER).batches(rows))
+    kept = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
     monkeypatch.setattr("patchsae.activations.MEMORY", 0)
-    computed = list(TrainingTokens(clip, ds, LAYER).batches(rows))
+    computed = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
     assert [len(z) for z in kept] == [len(z) for z in computed] == [2, 2]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, computed))
 

@@ -36,6 +36,14 @@ def test_both_sides_agree(folder):
     assert bench.compare(folder, bench.SIDES) == []
 
 
+def test_two_autoencoders_in_one_pass_take_the_steps_of_one(found):
+    assert found["from-images-two"]["losses"] == found["from-images-ours"]["losses"]
+    lines = bench_table.lines(found, asdict(SIZE)).splitlines()
+    cost, = [float(line.split()[2]) for line in lines if line.startswith("BENCH two-in-one-pass")]
+    ratio, = [float(line.split()[2]) for line in lines if line.startswith("RATIO one-pass")]
+    assert cost * ratio == pytest.approx(2, rel=0.02)
+
+
 def test_the_autoencoder_is_as_sparse_as_announced(folder):
     x = bench.read(folder, SIZE, "cpu")
     h = x.sae.encode(x.tokens()).detach()

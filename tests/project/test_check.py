@@ -19,7 +19,7 @@ from patchsae import load_profile
 from patchsae.config import ROOT
 from patchsae.data.datasets import open_dataset
 from patchsae.data.masked import open_masked
-from patchsae.project import check, fetch, rehearsal, stamps
+from patchsae.project import check, fetch, plan, rehearsal, stamps
 from patchsae.studies.sweep import published
 from patchsae.weights.formats import file_sha256
 from patchsae.world.scenes import CONCEPTS, KINDS, draw_scene
@@ -56,7 +56,8 @@ def test_figures_without_weights_stop_with_the_list_and_write_nothing(tmp_path):
 
 def recorded(profile: str = "mini", seconds: float = 100, **values) -> pd.DataFrame:
     """Stamps of two notebooks of a profile."""
-    row = {"seconds": seconds, "processor_seconds": 150, "peak_bytes": 2e9, "gflops": 50.0, "machine": "here"} | values
+    row = {"seconds": seconds, "processor_seconds": 150, "peak_bytes": 2e9, "passes": 1.25,
+           "gflops": 50.0, "machine": "here"} | values
     return pd.DataFrame([{"profile": profile, "notebook": name} | row for name in ("01_train_sae", "explorer")])
 
 
@@ -104,7 +105,7 @@ def test_a_run_is_recorded_in_the_place_of_the_one_before(tmp_path, monkeypatch)
     assert one_sentence(error.value)
     for name, seconds in (("mini", 5), ("rehearsal", 7), ("mini", 9)):
         (tmp_path / "build" / name).mkdir(parents=True, exist_ok=True)
-        took = {"seconds": seconds, "processor_seconds": 8, "peak_bytes": 1e9, "key": "k", "files": {}}
+        took = {"seconds": seconds, "processor_seconds": 8, "peak_bytes": 1e9, "passes": 2.5, "key": "k", "files": {}}
         (tmp_path / "build" / name / "01_train_sae.json").write_text(json.dumps(took))
         stamps.record(load_profile(name), place)
     table = pd.read_csv(place)
@@ -275,7 +276,28 @@ def test_rehearsal_reports_times_and_projects_them(monkeypatch):
     monkeypatch.setattr(rehearsal, "record", lambda profile: recorded(profile.name).drop(columns="machine"))
     text = rehearsal.report(load_profile("rehearsal"), load_profile("paper"))
     assert len(text.splitlines()) == 4 and text.count("2.0") == 3 and "nan" not in text
-    assert text.splitlines()[-1].split()[:4] == ["all", "200", "300", "2.0"]
+    assert text.splitlines()[-1].split()[:5] == ["all", "200", "300", "2.0", "2.50"]
+
+
+def test_the_plan_names_passes_and_who_rides_in_each(monkeypatch):
+    """At the paper's size at most five and a half passes, with given weights at most two and a half."""
+    monkeypatch.setattr("patchsae.studies.study.has_masks", lambda profile: True)
+    monkeypatch.setattr(plan, "has_masks", lambda profile: True)
+    monkeypatch.setattr("patchsae.studies.study.device_bytes", lambda device: 80e9)
+    paper = load_profile("paper")
+    given = dataclasses.replace(paper, sae=dataclasses.replace(paper.sae, weights="out.pt"))
+    found = list(plan.plan(paper))
+    assert [p.what for p in found] == ["01 training", "02 statistics", "06 training", "06 adaptation", "07 naming"]
+    assert found[0].riders == ("own", "class token", "layer 1", "layer 4", "layer 7", "seed 43")
+    assert found[1].riders == found[0].riders[:-1] and found[0].images == (20480 + 8) * 128
+    assert found[0].held == 6 * 4 * 4 * 2 * 768 * 49152
+    for profile, most in ((paper, 5.5), (given, 2.5)):
+        assert sum(p.images for p in plan.plan(profile)) / 1281167 <= most
+    last = plan.lines(paper, 1000.0)[-1].split()
+    assert last[:2] == ["all", "5.36"] and float(plan.lines(paper, 500.0)[-1].split()[2]) == pytest.approx(
+        2 * float(last[2]), rel=1e-3)
+    monkeypatch.setattr("patchsae.studies.study.device_bytes", lambda device: 8e9)
+    assert [len(p.riders) for p in plan.plan(paper)][:3] == [3, 3, 5]
 
 
 def test_published_tables_add_up():

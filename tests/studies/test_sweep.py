@@ -8,8 +8,9 @@ import pytest
 
 from patchsae.clip import Clip
 from patchsae.config import load_profile
+from patchsae.studies import study as study_room
 from patchsae.studies import sweep
-from patchsae.studies.study import Study, committed_folder, committed_log, run_folder, trained_sae
+from patchsae.studies.study import Study, committed_folder, committed_log, passes, run_folder, trained_sae
 from patchsae.train import run_key, train_sae
 
 
@@ -46,7 +47,7 @@ def test_a_trained_autoencoder_is_found_again(clip, profile, pixel_data, tmp_pat
     first = trained_sae(profile, clip, pixel_data)
     assert run_folder(profile, clip).is_relative_to(tmp_path)
     assert (run_folder(profile, clip) / "sae.safetensors").is_file()
-    monkeypatch.setattr("patchsae.studies.study.train_sae", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("patchsae.studies.study.train_saes", lambda *_: pytest.fail("trained again"))
     assert trained_sae(profile, clip, pixel_data).fingerprint() == first.fingerprint()
 
 
@@ -55,6 +56,28 @@ def test_the_committed_one_comes_first(clip, profile, pixel_data, tmp_path, monk
     other, _ = train_sae(profile.with_sae(steps=3), clip, pixel_data, tmp_path / "other")
     other.save_pretrained(committed_folder(profile, clip))
     assert trained_sae(profile, clip, pixel_data).fingerprint() == other.fingerprint()
+
+
+def test_what_notebooks_compare_trains_in_one_pass_with_the_profiles_own(study, clip, pixel_data, monkeypatch):
+    trained, train = [], study_room.train_saes
+    monkeypatch.setattr(study_room, "train_saes",
+                        lambda profiles, *rest: trained.append(profiles) or train(profiles, *rest))
+    p, one = study.profile, study_of(study.profile.with_sae(one_order=True), clip, pixel_data)
+    sae, log = one.training()
+    q = one.profile
+    assert trained == [[q, q.with_sae(tokens="cls"), q.at_layer(0), one.next_seed().profile]] and len(log) == 12
+    assert one.sae is sae and trained_sae(q, clip, pixel_data).fingerprint() == sae.fingerprint()
+    one.saes(trained[0])  # all of them are there
+    one.training()  # its own again, now and here
+    study.training()  # whose seeds have orders of their own
+    assert trained[1:] == [[q], [p, p.with_sae(tokens="cls"), p.at_layer(0)], [study.next_seed().profile]]
+
+
+def test_a_pass_has_room_for_so_many_autoencoders(profile, clip, monkeypatch):
+    monkeypatch.setattr(study_room, "device_bytes", lambda device: 2 * 32 * profile.sae.expansion * clip.width**2 * 3.5)
+    many = [profile.at_layer(0), profile.with_sae(l1=1), profile.with_sae(l1=2), profile.with_sae(expansion=12),
+            profile.with_sae(shuffle="tokens"), profile]
+    assert passes(many, clip.width, "cpu") == [many[:3], [many[3]], [many[5]], [many[4]]]
 
 
 @pytest.fixture
@@ -74,8 +97,14 @@ def study_of(profile, clip, images):
     return study
 
 
-def test_a_sweep_keeps_what_notebooks_look_into(study, clip):
+def test_a_sweep_keeps_what_notebooks_look_into(study, clip, monkeypatch):
+    trained, train = [], study_room.train_saes
+    monkeypatch.setattr(study_room, "train_saes",
+                        lambda profiles, *rest: trained.append(profiles) or train(profiles, *rest))
     sweep.run(study)
+    assert [len(profiles) for profiles in trained] == [3, 1]  # the second seed has an order of its own
+    sweep.run(study)
+    assert len(trained) == 2
     table = sweep.table2(study, pd.DataFrame())
     assert table.attrs["current"] and table["configuration"].tolist() == [
         "default", "default", "lambda x10", "layer 0", "random"]

@@ -175,13 +175,14 @@ def _path(value) -> Path:
 
 
 def _many(value, parts: tuple, sizes: dict):
-    """A list, of words or numbers one by one."""
+    """A list, of words, numbers, paths or objects one by one."""
     if isinstance(value, str | bytes | dict) or not np.iterable(value):
         raise _Unfit("a list")
     pairs = bool(parts) and tuple in (parts[0], typing.get_origin(parts[0]))
     if pairs and not all(isinstance(part, tuple) for part in value):
         raise _Unfit("a list of pairs")
-    if parts and (parts[0] in (str, int, float) or typing.get_origin(parts[0]) is Annotated):
+    one_by_one = parts and (parts[0] in (str, int, float, Path) or typing.get_origin(parts[0]) is Annotated)
+    if one_by_one or parts and inspect.isclass(parts[0]) and isinstance(value, list | tuple):
         few = [_fitting(part, parts[0], sizes) for part in value]
         return tuple(few) if isinstance(value, tuple) else few
     return value

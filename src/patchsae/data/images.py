@@ -122,13 +122,15 @@ class Images:
 
     What a source does not have is as it stands here. ``from_files``: reading takes a while, so that worker processes
     read ahead. ``label_order``: the labels in the order in which the source first names them, where that is not their
-    own. ``concepts``: kind -> names of what ``scene(i).coverage(kind)`` has ground truth for; ``groups``: concept ->
-    what it belongs to. ``unreadable``: position -> reason, filled by passes over the data set.
+    own. ``counted``: whether images that are read count in the file that ``PATCHSAE_READ`` names. ``concepts``: kind ->
+    names of what ``scene(i).coverage(kind)`` has ground truth for; ``groups``: concept -> what it belongs to.
+    ``unreadable``: position -> reason, filled by passes over the data set.
     """
 
     #: What a source of another kind must have to stand for one.
     needs = ("class_names", "labels", "unreadable")
     from_files: bool = False
+    counted: bool = False
     label_order: tuple[int, ...] = ()
     concepts: dict[str, tuple[str, ...]] = {}
     groups: dict[str, str] = {}

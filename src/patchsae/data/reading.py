@@ -24,12 +24,24 @@ def read_rows(ds: Images, crop: Crop, rows: Sequence[int]) -> tuple:
     Images are uint8 ``[B,S,S,3]``, cropped, or float ``[B,3,H,W]``, as they are where they are preprocessed already.
     """
     rows = list(map(int, rows))
+    _count(ds, len(rows))
     pairs = list(ds.readable(rows))
     read, items = [row for row, _ in pairs], [item for _, item in pairs]
     images = [torch.as_tensor(crop(item.image) if _is_uint8(item) else item.image) for item in items]
     return (torch.stack(images) if images else None, torch.tensor([item.label for item in items]),
             [item.id for item in items], np.array(read, dtype=np.int64),
             {row: ds.unreadable[row] for row in rows if row not in read})
+
+
+def _count(ds: Images, n: int) -> None:
+    """Add to the file that ``PATCHSAE_READ`` names that so many images were read of how many, in whatever process. What
+    is part of a data set counts as that."""
+    if place := os.environ.get("PATCHSAE_READ"):
+        while isinstance(getattr(ds, "ds", None), Images):
+            ds = ds.ds
+        if ds.counted:
+            with open(place, "a") as file:
+                file.write(f"{n} {len(ds)}\n")
 
 
 def _is_uint8(item: Item) -> bool:

@@ -1,5 +1,7 @@
-"""Memory for batches, used again: getting fresh pages from the operating system takes longer than filling them."""
+"""How much memory there is; memory for batches, used again, since fresh pages of the operating system take longer to
+get than to fill."""
 
+import os
 import weakref
 from collections import deque
 
@@ -8,6 +10,13 @@ import torch
 
 #: Batches whose memory is kept for others.
 SPARE = 8
+
+
+def device_bytes(device: torch.device | str) -> int:
+    """Memory of a GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class BatchMemory:

@@ -14,8 +14,8 @@ from patchsae.fast import processes
 POOL_IMAGES, FILL_IMAGES = 1024, 128
 
 
-def ahead(items: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """The same tensors; on a GPU the next one is computed on a second stream while this one is used."""
+def ahead(items: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """The same lists of tensors; on a GPU the next one is computed on a second stream while this one is used."""
     if device.type != "cuda":
         yield from items
         return
@@ -31,7 +31,8 @@ def ahead(items: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch
     while coming is not None:
         now = coming
         torch.cuda.current_stream(device).wait_stream(stream)
-        now.record_stream(torch.cuda.current_stream(device))
+        for z in now:
+            z.record_stream(torch.cuda.current_stream(device))
         coming = begin()
         yield now
 
@@ -49,8 +50,9 @@ def pool_spans(first: int, last: int, n: int, tokens: int) -> Iterator[tuple[int
 
 
 def shuffled_tokens(tokens: TrainingTokens, steps: range, batch_images: int, seed: int,
-                    cls: bool = False) -> Iterator[torch.Tensor]:
-    """Each step's tokens, as many as ``batch_images`` images have, drawn from pools of many images: ``[N,D]``.
+                    cls: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Each step's tokens, as many as ``batch_images`` images have, drawn from pools of many images: ``[N,D]`` of each
+    layer.
 
     Of several processes each shuffles the tokens of its own share of the images.
     """
@@ -65,17 +67,19 @@ def shuffled_tokens(tokens: TrainingTokens, steps: range, batch_images: int, see
         for *which, start, stop in step:
             if which != here:
                 here, pool = which, next(pools)
-            parts.append(pool[start:stop])
-        z = torch.cat(parts)
-        yield z[:, :-1][z[:, -1] > 0] if tokens.ds.unreadable else z[:, :-1]
+            parts.append([z[start:stop] for z in pool])
+        found = list(map(torch.cat, zip(*parts)))
+        yield [z[:, :-1][z[:, -1] > 0] if tokens.ds.unreadable else z[:, :-1] for z in found]
 
 
-def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int, per_image: int) -> torch.Tensor:
-    """The shuffled tokens of one pool, ``[P*T,D+1]``: behind each token a 1, or a 0 where its image cannot be read."""
+def _pool(tokens: TrainingTokens, mine: range, epoch: int, pool: int, seed: int, per_image: int) -> list[torch.Tensor]:
+    """The shuffled tokens of one pool, ``[P*T,D+1]`` of each layer: behind each token a 1, or a 0 where its image
+    cannot be read."""
     rows = mine.start + epoch_rows(len(mine), epoch, seed)[pool * POOL_IMAGES:(pool + 1) * POOL_IMAGES]
-    parts = tokens.batches(np.array_split(rows, -(-len(rows) // FILL_IMAGES)))
-    z = torch.cat([F.pad(part[:, :per_image], (0, 1), value=1.0) for part in parts])
-    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in tokens.ds.unreadable], device=z.device)
-    z = z.new_zeros(len(rows), *z.shape[1:]).index_copy_(0, read, z)
-    order = np.random.default_rng([seed, epoch, pool]).permutation(len(rows) * per_image)
-    return z.flatten(0, 1)[torch.from_numpy(order).to(z.device)]
+    parts = [[F.pad(z[:, :per_image], (0, 1), value=1.0) for z in found]
+             for found in tokens.batches(np.array_split(rows, -(-len(rows) // FILL_IMAGES)))]
+    device = tokens.clip.device
+    read = torch.tensor([i for i, row in enumerate(rows) if int(row) not in tokens.ds.unreadable], device=device)
+    order = torch.from_numpy(np.random.default_rng([seed, epoch, pool]).permutation(len(rows) * per_image)).to(device)
+    whole = (z.new_zeros(len(rows), *z.shape[1:]).index_copy_(0, read, z) for z in map(torch.cat, zip(*parts)))
+    return [z.flatten(0, 1)[order] for z in whole]

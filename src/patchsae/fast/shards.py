@@ -90,7 +90,7 @@ class Writer:
         tokens, ids, labels = [torch.empty(0, self.clip.n_tokens, self.clip.width, dtype=self.dtype)], [], []
         sums = np.zeros(self.clip.width + 2)  # over tokens of z, of ||z||^2 and of ||z - half||^2
         for batch in batches:
-            z = finite_tokens(self.clip, batch, self.made_of["block"])[:, :self.clip.n_tokens]
+            z = finite_tokens(self.clip, batch, [self.made_of["block"]])[0][:, :self.clip.n_tokens]
             half = z.to(self.dtype)
             refuse_not_finite(half, batch.ids, batch.rows, "has activations in half precision",
                               "choose bfloat16, as `patchsae cache --dtype bfloat16` does")

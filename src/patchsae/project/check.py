@@ -1,18 +1,18 @@
 """What a profile needs and what of it is missing; what it takes, from recorded runs: ``make check``."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import torch
 from huggingface_hub import try_to_load_from_cache
 
 from patchsae.config import ROOT, Profile, device, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, where_from
 from patchsae.data.datasets import images_folder, images_there
 from patchsae.data.masked import READERS, SOURCE, masks_folder
+from patchsae.fast.memory import device_bytes
+from patchsae.project import plan
 from patchsae.project.stamps import STAMPS, estimate, rate
 from patchsae.weights.files import file_sha256, load_json, model_files
 
@@ -101,13 +101,12 @@ def report(profile: Profile) -> str:
     """Everything: what is there, what is missing, this machine, and what each notebook takes."""
     lines = [f"Profile {profile.name}"]
     lines += [f"  {'there  ' if n.there else 'MISSING' if n.stops else 'absent '}  {n.name}" for n in needs(profile)]
-    gflops, have = rate(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if device() == "cuda":
-        have = torch.cuda.get_device_properties(0).total_memory / 1e9
+    gflops, have = rate(), device_bytes(device()) / 1e9
     lines += [weights_line(profile), f"This machine: {gflops:,.0f} GFLOP/s in float32 and {have:.0f} GB on the "
-              f"{device()}, {shutil.disk_usage(ROOT).free / 1e9:.0f} GB of disk are free"]
+              f"{device()}, {shutil.disk_usage(ROOT).free / 1e9:.0f} GB of disk are free", "",
+              *plan.lines(profile, gflops)]
     if not STAMPS.is_file():
-        return "\n".join([*lines, "No run was recorded that hours could be read from; make rehearsal records one."])
+        return "\n".join([*lines, "", "No run was recorded that hours could be read from; make rehearsal records one."])
     table = estimate(profile, pd.read_csv(STAMPS), gflops)
     lines += ["", f"  {'Notebook':<30}{'hours, at most':>16}{'GB memory':>11}"]
     return "\n".join([*lines, *(f"  {row.Index:<30}{row.hours:>16.2f}{row.memory:>11.1f}"

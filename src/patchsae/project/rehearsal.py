@@ -87,14 +87,18 @@ def _save(image: np.ndarray, path: Path) -> None:
 def report(profile: Profile, real: Profile) -> str:
     """What each notebook took in the last run, which is recorded, and what the real profile would take on this machine.
 
-    Processor seconds are those of all cores together: on a machine that does other things too they say more.
+    Processor seconds are those of all cores together: on a machine that does other things too they say more. Passes are
+    those over the training images, as the reader counted them.
     """
     took = record(profile).set_index("notebook")
     table = took.join(estimate(real, took.reset_index(), took["gflops"].iloc[0]))
-    table.loc["all"] = table.agg({"seconds": "sum", "processor_seconds": "sum", "peak_bytes": "max", "hours": "sum"})
-    head = f"  {'Notebook':<30}{'seconds':>9}{'processor':>11}{'peak GB':>10}{f'hours of {real.name}, at most':>26}"
+    table.loc["all"] = table.agg({"seconds": "sum", "processor_seconds": "sum", "peak_bytes": "max", "hours": "sum",
+                                  "passes": "sum"})
+    head = (f"  {'Notebook':<30}{'seconds':>9}{'processor':>11}{'peak GB':>10}{'passes':>9}"
+            f"{f'hours of {real.name}, at most':>26}")
     return "\n".join([head, *(f"  {row.Index:<30}{row.seconds:>9.0f}{row.processor_seconds:>11.0f}"
-                              f"{row.peak_bytes / 1e9:>10.1f}{row.hours:>26,.0f}" for row in table.itertuples())])
+                              f"{row.peak_bytes / 1e9:>10.1f}{row.passes:>9.2f}{row.hours:>26,.0f}"
+                              for row in table.itertuples())])
 
 
 def made() -> str:

@@ -6,7 +6,6 @@ the rate of the machine's matrix products; memory grows with the weights, and by
 batch is larger. Nothing is scaled down, so that a small profile is told an upper bound.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -19,12 +18,10 @@ import pandas as pd
 import torch
 
 from patchsae.config import ROOT, Profile, device, load_profile
-from patchsae.data.datasets import model_config
+from patchsae.project.plan import shape
 from patchsae.weights.files import write_atomically
 
 STAMPS = ROOT / "data" / "rehearsal_stamps.csv"
-#: Width, blocks and tokens of ViT-B/16, which is assumed until the model's own configuration is there.
-VIT_B16 = (768, 12, 197)
 #: Times that a dense step holds the latents of its batch.
 HELD = 5
 
@@ -39,11 +36,7 @@ class Size(NamedTuple):
 
 def size(profile: Profile) -> Size:
     """The size of a profile's run, from its settings and the shape of its model."""
-    d, s, (width, blocks, tokens) = profile.data, profile.sae, VIT_B16
-    with contextlib.suppress(FileNotFoundError):
-        vision = model_config(profile.model.name, local=True)
-        width, blocks = vision.hidden_size, vision.num_hidden_layers
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    d, s, (width, blocks, tokens) = profile.data, profile.sae, shape(profile)
     weights = 12 * blocks * width**2 + 2 * s.expansion * width**2
     images = s.steps * s.batch_images + d.train_images + d.test_images
     return Size(images * tokens * weights, weights, max(s.batch_images, d.batch_images) * tokens * s.expansion * width)
@@ -65,10 +58,10 @@ def rate(seconds: float = 0.5) -> float:
 def record(profile: Profile, place: Path = STAMPS) -> pd.DataFrame:
     """Add the stamps of a profile's last run on this machine to the recorded ones, in the place of its older ones."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores{', GPU' * (device() == 'cuda')}"
-    took, rows = ("seconds", "processor_seconds", "peak_bytes"), []
+    took, rows = ("seconds", "processor_seconds", "peak_bytes", "passes"), []
     for path in sorted((ROOT / "build" / profile.name).glob("*.json")):
         stamp = json.loads(path.read_text())
-        rows.append({"profile": profile.name, "notebook": path.stem} | {name: stamp[name] for name in took})
+        rows.append({"profile": profile.name, "notebook": path.stem} | {name: stamp.get(name) for name in took})
     if not rows:
         raise FileNotFoundError(f"No notebook of {profile.name} was run here; make figures PROFILE={profile.name} "
                                 "runs them.")

@@ -12,7 +12,7 @@ from patchsae.clip import Clip
 from patchsae.data.datasets import Subset
 from patchsae.studies.recovery import Directions, Split, latent_directions
 from patchsae.studies.study import Study
-from patchsae.train import Training, new_sae
+from patchsae.train import Training, new_saes
 from patchsae.world.probes import fit_readout
 
 #: Tokens that k-means and the principal components are computed from, and images that are shuffled, at most.
@@ -78,7 +78,7 @@ def clusters(split: Split, n: int, seed: int) -> Directions:
 
 def random_autoencoder(study: Study) -> Directions:
     """The latents of the autoencoder before training: a sum of random directions, cut at 0."""
-    return latent_directions(new_sae(study.profile, study.clip, study.train))
+    return latent_directions(new_saes([study.profile], study.clip, study.train)[0])
 
 
 def shuffled_autoencoder(study: Study) -> Directions:
@@ -94,7 +94,7 @@ def shuffled_autoencoder(study: Study) -> Directions:
     numbers, flat = torch.Generator().manual_seed(seed), tokens.flatten(0, 1)
     order = torch.stack([torch.randperm(len(flat), generator=numbers) for _ in range(flat.shape[1])], 1)
     shuffled = flat.gather(0, order).view_as(tokens)
-    sae = new_sae(study.profile, clip, study.train)
+    sae = new_saes([study.profile], clip, study.train)[0]
     training = Training(sae, s.learning_rate, s.l1, s.warmup, s.dead_after, s.ghost)
     for step in range(s.steps):
         rows = torch.from_numpy(training_rows(len(tokens), step, s.batch_images, seed))

@@ -28,7 +28,7 @@ from patchsae.studies.recovery import (
     shared_concepts,
 )
 from patchsae.studies.study import Study, trained_sae
-from patchsae.studies.sweep import ACTIVATIONS, seeds, variants
+from patchsae.studies.sweep import ACTIVATIONS, seeds, train_together, variants
 from patchsae.studies.tables import Group, fill, noted, read, remedy
 from patchsae.weights.files import result_key
 
@@ -120,7 +120,8 @@ def groups(study: Study) -> list[Group]:
                                      settings=variant.profile.sae_settings(), draws=study.profile.seed)
                     read_both = functools.partial(_hidden, study, read_at) if method == HIDDEN else read_at
                     compute = functools.partial(_rows, make, read_both, variant.layer, study.profile.seed)
-                    wanted.append(Group({"configuration": configuration, "method": method, "seed": seed}, key, compute))
+                    names = {"configuration": configuration, "method": method, "seed": seed}
+                    wanted.append(Group(names, key, compute, variant.profile if method == "autoencoder" else None))
     return wanted
 
 
@@ -152,7 +153,9 @@ def sampled_shares(recovery: Recovery) -> pd.DataFrame:
 
 def run(study: Study) -> None:
     """Fill both tables with whatever they lack."""
-    fill(_files(study.profile.data_dir), groups(study))
+    files, wanted = _files(study.profile.data_dir), groups(study)
+    train_together(files, wanted, study)
+    fill(files, wanted)
 
 
 def intervals(table: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:

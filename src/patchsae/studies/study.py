@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,13 +10,14 @@ import torch
 
 from patchsae.clip import Clip, class_prototypes, load_clip
 from patchsae.config import Profile, device, resolve, start
-from patchsae.data.checks import Layer, guard
+from patchsae.data.checks import Device, Layer, Natural, guard
 from patchsae.data.datasets import images_there, open_dataset, templates
 from patchsae.data.images import Images
 from patchsae.data.masked import masks_folder
-from patchsae.latents import LatentStatistics, saved_latents
+from patchsae.fast.memory import device_bytes
+from patchsae.latents import LatentStatistics, Question, saved_latents
 from patchsae.sae import SparseAutoencoder
-from patchsae.train import new_sae, run_key, train_sae
+from patchsae.train import new_saes, rides, run_key, train_saes
 from patchsae.weights.files import result_key
 
 
@@ -87,17 +89,26 @@ class Study:
 
     def training(self) -> tuple[SparseAutoencoder, pd.DataFrame | None]:
         """Train the profile's autoencoder now and here, or go on with what was begun: it and its log. Where the
-        profile names weights, these and None."""
-        if self.profile.sae.weights:
+        profile names weights, these and None.
+
+        Those that notebooks compare it with train in the same pass over the images, as far as they are not there.
+        """
+        p = self.profile
+        if p.sae.weights:
             return self.sae, None
-        self.sae, log = train_sae(self.profile, self.clip, self.train, run_folder(self.profile, self.clip))
+        others = [other for other in compared(p) if not _place(other, self.clip)]
+        self.sae, log = _train([p, *others], self.clip, self.train)
         return self.sae, log
+
+    def saes(self, profiles: Sequence[Profile]) -> list[SparseAutoencoder]:
+        """The autoencoders of other settings on the same images; what is missing trains in one pass."""
+        return trained_saes(profiles, self.clip, self.train)
 
     def untrained(self) -> SparseAutoencoder:
         """The autoencoder before training, of the width of ``sae``: a floor for every measure."""
         expansion = self.sae.n_latents / self.clip.width  # given weights may have another one than the profile says
         settings = dataclasses.replace(self.profile.sae, expansion=expansion)
-        return new_sae(dataclasses.replace(self.profile, sae=settings), self.clip, self.train)
+        return new_saes([dataclasses.replace(self.profile, sae=settings)], self.clip, self.train)[0]
 
     def committed_log(self) -> pd.DataFrame | None:
         """The log of the committed training of exactly these settings, every tenth step of it, or None."""
@@ -119,18 +130,23 @@ class Study:
     @property
     def has_masks(self) -> bool:
         """Whether there is ground truth for patches: of the profile's own images or of a public data set."""
-        return self.profile.data.source == "scenes" or masks_folder(self.profile) is not None
+        return has_masks(self.profile)
 
     def images(self, task: str, split: str) -> Images:
-        """The images of any task of the profile."""
-        return open_dataset(self.profile, task, split)
+        """The images of any task of the profile; passes over the training images of its own are counted."""
+        ds = open_dataset(self.profile, task, split)
+        ds.counted = (task, split) == (self.profile.data.task, "train")
+        return ds
 
     def statistics(self, sae: SparseAutoencoder, ds: Images, layer: Layer | None = None,
                    tokens: str = "all") -> LatentStatistics:
         """Statistics of any autoencoder on any images, kept in the profile's run folder."""
+        return self.answers([Question(self.clip, sae, self.layer if layer is None else layer, tokens)], ds)[0]
+
+    def answers(self, questions: Sequence[Question], ds: Images) -> list[LatentStatistics]:
+        """Statistics of several autoencoders, kept likewise; one pass over the images finds what is not there."""
         p = self.profile
-        return saved_latents(p.run_dir, self.clip, sae, ds, self.layer if layer is None else layer, p.latents.tau,
-                             p.latents.n_reference, p.data.batch_images, tokens)
+        return saved_latents(p.run_dir, questions, ds, p.latents.tau, p.latents.n_reference, p.data.batch_images)
 
     def variant(self, profile: Profile) -> "Study":
         """The same model and images under other settings, e.g. ``variant(profile.with_sae(l1=1e-3))``."""
@@ -140,8 +156,7 @@ class Study:
 
     def next_seed(self) -> "Study | None":
         """The same settings with the next seed; None where the autoencoder's weights are given, whatever the seed."""
-        return None if self.profile.sae.weights else self.variant(
-            dataclasses.replace(self.profile, seed=self.profile.seed + 1))
+        return None if self.profile.sae.weights else self.variant(next_seed(self.profile))
 
 
 def open_study(profile: Profile | str | None = None) -> Study:
@@ -178,12 +193,70 @@ def committed_log(profile: Profile, clip: Clip) -> pd.DataFrame | None:
 
 def trained_sae(profile: Profile, clip: Clip, ds: Images) -> SparseAutoencoder:
     """The profile's autoencoder: the one it names; or committed or trained before; else trained now on ``ds``."""
-    if profile.sae.weights:
-        return given_sae(profile, clip)
-    for folder in (committed_folder(profile, clip), run_folder(profile, clip)):
-        if (folder / "sae.safetensors").is_file():
-            return SparseAutoencoder.from_pretrained(folder, clip.device)
-    return train_sae(profile, clip, ds, folder)[0]
+    return trained_saes([profile], clip, ds)[0]
+
+
+def trained_saes(profiles: Sequence[Profile], clip: Clip, ds: Images) -> list[SparseAutoencoder]:
+    """The autoencoders of several profiles."""
+    train_missing(profiles, clip, ds)
+    return [given_sae(p, clip) if p.sae.weights else SparseAutoencoder.from_pretrained(_place(p, clip), clip.device)
+            for p in profiles]
+
+
+def train_missing(profiles: Sequence[Profile], clip: Clip, ds: Images) -> None:
+    """Train the autoencoders that are neither named nor there, in as few passes over ``ds`` as can be."""
+    missing = {run_key(p, clip): p for p in profiles if not p.sae.weights and not _place(p, clip)}
+    if missing:
+        _train(list(missing.values()), clip, ds)
+
+
+def compared(profile: Profile) -> list[Profile]:
+    """Settings of the autoencoders that notebooks compare the profile's with: of the class token alone and of other
+    layers (02), and of the next seed where there are masks to measure with (07)."""
+    others = [profile.with_sae(tokens="cls"), *map(profile.at_layer, profile.model.other_layers)]
+    return others + [next_seed(profile)] * has_masks(profile)
+
+
+def next_seed(profile: Profile) -> Profile:
+    """The same settings with the next seed."""
+    return dataclasses.replace(profile, seed=profile.seed + 1)
+
+
+def has_masks(profile: Profile) -> bool:
+    """Whether there is ground truth for patches: of the profile's own images or of a public data set."""
+    return profile.data.source == "scenes" or masks_folder(profile) is not None
+
+
+def _train(profiles: list[Profile], clip: Clip, ds: Images) -> tuple[SparseAutoencoder, pd.DataFrame]:
+    """Train autoencoders in their run folders; what the first of them gives."""
+    groups = passes(profiles, clip.width, clip.device)
+    return [train_saes(group, clip, ds, [run_folder(p, clip) for p in group])[0] for group in groups][0]
+
+
+def passes(profiles: Sequence[Profile], width: Natural, device: Device) -> list[list[Profile]]:
+    """The profiles in groups that train in one pass over the images of a model of this width: of equal images in an
+    equal order, and so many that their weights, gradients and moments take half of the device's memory."""
+    groups, room = [], device_bytes(device) / 2
+    for same in dict.fromkeys(map(rides, profiles)):
+        taken = room
+        for profile in (p for p in profiles if rides(p) == same):
+            if taken + training_bytes(profile, width) > room:
+                groups.append([])
+                taken = 0
+            groups[-1].append(profile)
+            taken += training_bytes(profile, width)
+    return groups
+
+
+def training_bytes(profile: Profile, width: Natural) -> float:
+    """Weights, gradients and two moments, in float32, of the profile's autoencoder for a model of this width."""
+    return 4 * 4 * 2 * profile.sae.expansion * width**2
+
+
+def _place(profile: Profile, clip: Clip) -> Path | None:
+    """Where the profile's autoencoder is, committed or trained before."""
+    places = (committed_folder(profile, clip), run_folder(profile, clip))
+    return next((place for place in places if (place / "sae.safetensors").is_file()), None)
 
 
 def given_sae(profile: Profile, clip: Clip) -> SparseAutoencoder:

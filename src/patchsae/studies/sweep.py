@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,9 +10,9 @@ import pandas as pd
 from patchsae.config import Profile
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.fidelity import measure
-from patchsae.studies.study import Study, committed_folder, run_folder, trained_sae
-from patchsae.studies.tables import Group, fill, noted, read, remedy
-from patchsae.train import new_sae
+from patchsae.studies.study import Study, committed_folder, run_folder, train_missing, trained_sae
+from patchsae.studies.tables import Group, fill, missing, noted, read, remedy
+from patchsae.train import new_saes
 from patchsae.weights.files import result_key, write_atomically
 
 #: Other activations than relu, with about as many active latents: jumprelu's lambda weighs L0, so that it is another.
@@ -87,7 +88,13 @@ def published(name: str) -> pd.DataFrame:
 
 def run(study: Study) -> None:
     """Train and measure whatever the table does not have yet; keep the autoencoders that notebooks look into."""
+    train_together([_file(study.profile)], _groups(study), study)
     fill([_file(study.profile)], _groups(study))
+
+
+def train_together(files: Sequence[Path], groups: Sequence[Group], study: Study) -> None:
+    """Train the autoencoders of the rows that a table lacks, in as few passes over the images as can be."""
+    train_missing([group.trains for group in missing(files, groups) if group.trains], study.clip, study.train)
 
 
 def _file(profile: Profile) -> Path:
@@ -96,7 +103,8 @@ def _file(profile: Profile) -> Path:
 
 def _groups(study: Study) -> list[Group]:
     changed = {names: study.variant(profile) for names, profile in configurations(study.profile).items()}
-    return [Group({"configuration": name, "seed": seed}, _key(variant), functools.partial(_row, name, variant))
+    return [Group({"configuration": name, "seed": seed}, _key(variant), functools.partial(_row, name, variant),
+                  variant.profile if name != "random" else None)
             for (name, seed), variant in changed.items()]
 
 
@@ -118,7 +126,7 @@ def _sae(name: str, study: Study) -> SparseAutoencoder:
     """The autoencoder of one configuration. Those that notebooks 02 to 04 look into are kept among committed data."""
     profile, clip = study.profile, study.clip
     if name == "random":
-        return new_sae(profile, clip, study.train)
+        return new_saes([profile], clip, study.train)[0]
     sae, target = trained_sae(profile, clip, study.train), committed_folder(profile, clip)
     if name.startswith(KEPT) and not profile.sae.weights and not (target / "sae.safetensors").is_file():
         log = pd.read_csv(run_folder(profile, clip) / "log.csv")[LOG_EVERY - 1::LOG_EVERY]

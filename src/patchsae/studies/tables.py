@@ -19,12 +19,13 @@ class Group(NamedTuple):
     """Rows that are computed together, in each of a study's files.
 
     ``names``: column -> value, what the rows are known by; ``key``: what decides them (``result_key``); ``compute``:
-    gives the rows, a table a file.
+    gives the rows, a table a file; ``trains``: the profile whose autoencoder they are of, where it is a trained one.
     """
 
     names: dict[str, str | int]
     key: str
     compute: Callable[[], Sequence[pd.DataFrame]]
+    trains: Profile | None = None
 
     @property
     def label(self) -> tuple[str, ...]:
@@ -46,13 +47,19 @@ def fill(files: Sequence[Path], groups: Sequence[Group]) -> None:
     _write(files, [kept[i] for i in sorted(kept)])
 
 
+def missing(files: Sequence[Path], groups: Sequence[Group]) -> list[Group]:
+    """The groups that the files lack."""
+    kept = _kept(files, groups)
+    return [group for place, group in enumerate(groups) if place not in kept]
+
+
 def read(files: Sequence[Path], groups: Sequence[Group], advice: str) -> list[pd.DataFrame]:
     """The tables as they are, empty where they are not there, noted as by ``noted``; ``advice``: from ``remedy``."""
-    missing, name, there = len(groups) - len(_kept(files, groups)), files[0].name, files[0].is_file()
-    what = (f"{name} is shown as it is: {missing} of its {len(groups)} runs are of other settings than this profile's, "
+    lacking, name, there = len(missing(files, groups)), files[0].name, files[0].is_file()
+    what = (f"{name} is shown as it is: {lacking} of its {len(groups)} runs are of other settings than this profile's, "
             "or not made yet") if there else f"There is no {name} here"
-    note = f"{what}; {advice}." if missing else ""
-    return [noted(pd.read_csv(path) if there else pd.DataFrame(), not missing, note) for path in files]
+    note = f"{what}; {advice}." if lacking else ""
+    return [noted(pd.read_csv(path) if there else pd.DataFrame(), not lacking, note) for path in files]
 
 
 def noted(table: pd.DataFrame, current: bool, note: str) -> pd.DataFrame:
