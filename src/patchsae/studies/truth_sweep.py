@@ -247,11 +247,9 @@ def recipes(study: Study) -> dict[str, list[Recipe]]:
 
 def _groups(study: Study, name: str) -> list[Group]:
     if name == "planted":
-        key = result_key(VERSION, clip=study.clip_key, autoencoder=fingerprint(study.sae),
-                         layer=study.clip.block(study.layer), k=study.profile.sae.k,
-                         images=study.train.fingerprint(), most=study.profile.adaptation.images)
-        return [Group({"seed": seed}, key, functools.partial(_planted, study, seed))
-                for seed in PLANTED]
+        own = [Recipe(study, study.profile.data.task, UNTRAINED, seed) for seed in PLANTED]
+        return [Group({"seed": recipe.seed}, _key(name, recipe), functools.partial(_planted, study, recipe.seed))
+                for recipe in own]
     return [Group({"task": r.task, "truth": TRUTHS[r.task], "method": r.method, "images": r.images, "seed": r.seed},
                   _key(name, r), functools.partial(_rows, name, r)) for r in recipes(study)[name]]
 
@@ -270,7 +268,8 @@ def _key(name: str, recipe: Recipe) -> str:
     p, layer = study.profile, study.clip.block(study.layer)
     read_with = {} if name == "accuracy" else {"autoencoder": fingerprint(study.sae), "tau": p.latents.tau,
                                                "sae": p.sae_settings()}
-    read_with |= {"k": p.sae.k} if name == "crosscoders" else {}  # which relu does not have among its settings
+    if name in ("crosscoders", "planted"):
+        read_with["k"] = p.sae.k  # which relu does not have among its settings
     return result_key(VERSION, table=name, model=adaptation_key(recipe), layer=layer, most=p.adaptation.images,
                       test=study.images(recipe.task, "test").fingerprint(), **read_with)
 
