@@ -133,6 +133,30 @@ def test_latents_that_enter_and_leave_are_shares_of_the_first_ranks(small, monke
     assert row["leave"] == row["enter"] == 3 / 4
 
 
+def test_what_is_fitted_sees_training_images_alone(small, monkeypatch):
+    seen = [read_tokens(small.clip, ds, small.layer) for ds in truth_sweep.base_images(small, TASK)]
+    fitted, counted = [], []
+    after, count = [tokens._replace(z=tokens.z + 1) for tokens in seen], truth_sweep._class_counts
+
+    def continued(sae, z, settings, steps):
+        fitted.append((z, steps))
+        return sae
+
+    monkeypatch.setattr(truth_sweep.diffing, "continued", continued)
+    monkeypatch.setattr(truth_sweep, "_class_counts", lambda study, some: counted.append(some) or count(study, some))
+    truth_sweep._changes(small, seen, after)
+    steps = round(truth_sweep.STAGE * small.profile.sae.steps)
+    assert [(id(z), n) for z, n in fitted] == [(id(seen[0].z), steps), (id(after[0].z), steps)]
+    assert [id(some) for some in counted] == [id(seen[0]), id(after[0])]
+
+
+def test_readouts_of_shots_are_of_shots_whatever_the_model_learned_from(small):
+    tokens = [read_tokens(small.clip, ds, small.layer) for ds in truth_sweep.base_images(small, TASK)]
+    few = Recipe(small, TASK, "lora", 1)
+    found = [truth_sweep._readouts(recipe, small.clip, *tokens) for recipe in (few, few._replace(images="all"))]
+    pd.testing.assert_frame_equal(*found)
+
+
 def test_activations_are_counted_by_class(small):
     tokens = read_tokens(small.clip, truth_sweep.base_images(small, TASK)[0], small.layer)
     counts, h = truth_sweep._class_counts(small, tokens), small.sae.encode(tokens.z)

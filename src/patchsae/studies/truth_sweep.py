@@ -35,13 +35,13 @@ from patchsae.world.scenes import TRUTHS
 FILES = {"accuracy": ["accuracy"], "latents": ["readouts", "changes"], "crosscoders": ["crosscoders"],
          "planted": ["planted"]}
 #: Of methods that change the image tower, those whose tokens a crosscoder compares with CLIP's, and on how many images.
-COMPARED = (("maple", "shots"), (UNTRAINED, "shots"), ("lora", "all"), ("fine-tuning", "all"))
+COMPARED = (("maple", "shots"), ("lora", "all"), ("fine-tuning", "all"))
 #: Methods that are given all images too. CoOp is not: it learns four words.
 WITH_ALL = ("maple", "lora", "linear probe", "fine-tuning")
 #: Share of the training steps of CLIP's autoencoder that are added to adapt it to another tower or other images.
 STAGE = 0.05
 #: Seeds of planted changes, others than those that the crosscoder's settings were found with, and steps more.
-PLANTED, LONGER = (11, 12, 13), 4
+PLANTED, LONGER = (11, 12, 13), 3
 #: Ranks that end "high" and begin "low", as shares of the dictionary.
 HIGH, LOW = 0.045, 0.45
 #: Of a crosscoder: latents and active latents for one of the autoencoder's, and training steps.
@@ -206,14 +206,21 @@ def _matched_halves(frequency: np.ndarray, n: int, seed: int) -> list[np.ndarray
 
 def planted_rows(study: Study, seed: int) -> pd.DataFrame:
     """Planted changes (``diffing.plant``) and what a crosscoder finds of them: rule, kind, recall, false_positives
-    as of ``diffing.detected``. Kind "nothing" is CLIP beside itself.
+    as of ``diffing.detected``.
+
+    Where nothing was planted all that is named is false: CLIP beside itself, and beside prompts that nobody trained.
     """
     split = read_split(study.clip, study.train, study.layer, study.profile.adaptation.images)
+    untrained = adapted_model(Recipe(study, study.profile.data.task, UNTRAINED, seed)).tower
+    beside = {"nothing": split.z, UNTRAINED: read_split(untrained, study.train, study.layer, len(split.z)).z}
     changed, rows = diffing.plant(study.sae, split.z, split.positives, seed), []
-    for after, planted in ((split.z, None), (changed.after, changed)):
-        crosscoder = _crosscoder(study, split.z, after, seed, STEPS if planted is None else LONGER * STEPS)
-        rows.append(diffing.detected(crosscoder, diffing.crosscoder_latents(crosscoder, split.z, after), planted))
-    return pd.concat(rows)
+    for kind, after in beside.items():
+        crosscoder = _crosscoder(study, split.z, after, seed, STEPS)
+        found = diffing.crosscoder_latents(crosscoder, split.z, after)
+        rows.append(diffing.detected(crosscoder, found).assign(kind=kind))
+    crosscoder = _crosscoder(study, split.z, changed.after, seed, LONGER * STEPS)
+    found = diffing.crosscoder_latents(crosscoder, split.z, changed.after)
+    return pd.concat([*rows, diffing.detected(crosscoder, found, changed)])
 
 
 # Tables -------------------------------------------------------------------------------------------------
@@ -240,11 +247,9 @@ def recipes(study: Study) -> dict[str, list[Recipe]]:
 
 def _groups(study: Study, name: str) -> list[Group]:
     if name == "planted":
-        key = result_key(VERSION, clip=study.clip_key, autoencoder=fingerprint(study.sae),
-                         layer=study.clip.block(study.layer), k=study.profile.sae.k,
-                         images=study.train.fingerprint(), most=study.profile.adaptation.images)
-        return [Group({"seed": seed}, key, functools.partial(_planted, study, seed))
-                for seed in PLANTED]
+        own = [Recipe(study, study.profile.data.task, UNTRAINED, seed) for seed in PLANTED]
+        return [Group({"seed": recipe.seed}, _key(name, recipe), functools.partial(_planted, study, recipe.seed))
+                for recipe in own]
     return [Group({"task": r.task, "truth": TRUTHS[r.task], "method": r.method, "images": r.images, "seed": r.seed},
                   _key(name, r), functools.partial(_rows, name, r)) for r in recipes(study)[name]]
 
@@ -263,7 +268,8 @@ def _key(name: str, recipe: Recipe) -> str:
     p, layer = study.profile, study.clip.block(study.layer)
     read_with = {} if name == "accuracy" else {"autoencoder": fingerprint(study.sae), "tau": p.latents.tau,
                                                "sae": p.sae_settings()}
-    read_with |= {"k": p.sae.k} if name == "crosscoders" else {}  # which relu does not have among its settings
+    if name in ("crosscoders", "planted"):
+        read_with["k"] = p.sae.k  # which relu does not have among its settings
     return result_key(VERSION, table=name, model=adaptation_key(recipe), layer=layer, most=p.adaptation.images,
                       test=study.images(recipe.task, "test").fingerprint(), **read_with)
 
