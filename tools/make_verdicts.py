@@ -1,4 +1,4 @@
-"""Put the table of verdicts into README.md, from figures/mini/verdicts.csv, which notebook 08 writes."""
+"""Put the table of verdicts into README.md, from figures/mini/verdicts.csv, which notebook 10 writes."""
 
 import sys
 from pathlib import Path

@@ -113,7 +113,7 @@ def test_a_run_is_recorded_in_the_place_of_the_one_before(tmp_path, monkeypatch)
 
 
 def test_other_tasks_and_masks_are_named_and_stop_nothing(tmp_path, monkeypatch):
-    """Notebooks show the tasks that are there; notebook 07 can do without masks, and one public set will do."""
+    """Notebooks show the tasks that are there; notebook 09 can do without masks, and one public set will do."""
     profile = load_profile("paper")
     monkeypatch.setattr(type(profile), "data_dir", property(lambda self: tmp_path))
     lines, rest = "\n".join(check.missing_lines(profile)), "\n".join(check.missing_lines(profile, stops=False))

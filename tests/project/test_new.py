@@ -77,7 +77,7 @@ def test_a_profile_is_written_and_opens_what_it_says(images, model, capsys):
     last, said = written(images, model), capsys.readouterr().out
     assert last.endswith("patchsae train --profile pets")
     for words in ("6 classes, 30 images to train on and 7 to test on", "split by content", "broken.png", "stray.jpg",
-                  ".heic", "4 blocks of width 12 and takes 16 pixels", "07_measured_interpretability"):
+                  ".heic", "4 blocks of width 12 and takes 16 pixels", "09_measured_interpretability"):
         assert words in said, words
     profile = load_profile("pets")
     assert profile.data.images == str(images) and profile.adaptation.tasks == ("pets",)

@@ -23,6 +23,8 @@ from notebook_key import notebook_key, used_files  # noqa: E402
 from run_notebook import MACHINE, output_texts  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+#: Code cells of a notebook, lines of a code cell and characters of a line, at most.
+CELLS, LINES, COLUMNS = 25, 20, 110
 #: What torch brings along on CUDA machines only; it pins these exactly itself.
 CUDA_ONLY = ("nvidia", "triton", "cuda")
 
@@ -182,7 +184,9 @@ def test_notebook_metadata(path):
 @parametrized_by_notebook
 def test_notebook_code(path):
     cells = sources(json.loads(path.read_text()), "code")
-    assert not [cell for cell in cells if len(cell.splitlines()) > 25]
+    assert len(cells) <= CELLS, "divide the notebook, it has more than one subject"
+    assert not [cell for cell in cells if len(cell.splitlines()) > LINES]
+    assert not [line for cell in cells for line in cell.splitlines() if len(line) > COLUMNS]
     assert not [cell for cell in cells if cell.rstrip().endswith(";")]
     assert not [cell for cell in cells if re.search(r"^\s*[!%]+\s*(pip|conda)\b", cell, flags=re.MULTILINE)]
     assert any(re.search(r"^\s*assert\b", cell, flags=re.MULTILINE) for cell in cells)

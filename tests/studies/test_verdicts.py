@@ -37,17 +37,17 @@ def scaled(column: str, factor: float):
     ("Latents of the whole", "ablation", {"high": lambda t: t["high"] + 0.1}),
     ("MaPLe gains", "table1", {"accuracy": lambda t: t["accuracy"].where(t["method"] != "maple", 0.5)}),
     ("MaPLe does not lose", "table1", {"accuracy": lambda t: t["accuracy"] - 0.2 * (t["method"] == "maple")}),
-    ("A class's top", "06_group_ranks", {"low": scaled("low", 0.5)}),
-    ("Hardly a latent", "06_group_ranks", {"high": lambda t: t["high"] + 1}),
-    ("Who classifies", "06_masking_base", {"accuracy": lambda t: 0.5 + 0.4 * (t["selects"] == "adapted")}),
-    ("What is gained", "06_remapping", {"remapped": scaled("remapped", 0.2)}),
-    ("What is gained", "06_remapping", {"new": scaled("gain", 0.8)}),
-    ("CLIP's autoencoder", "06_fidelity",
+    ("A class's top", "07_group_ranks", {"low": scaled("low", 0.5)}),
+    ("Hardly a latent", "07_group_ranks", {"high": lambda t: t["high"] + 1}),
+    ("Who classifies", "07_masking_base", {"accuracy": lambda t: 0.5 + 0.4 * (t["selects"] == "adapted")}),
+    ("What is gained", "07_remapping", {"remapped": scaled("remapped", 0.2)}),
+    ("What is gained", "07_remapping", {"new": scaled("gain", 0.8)}),
+    ("CLIP's autoencoder", "07_fidelity",
      {"accuracy_spliced": lambda t: t["accuracy_spliced"] - 0.1 * (t["method"] == "maple")}),
-    ("Latents have concepts", "07_recovery", {"minus_low": scaled("minus_low", -1)}),
-    ("Latents are more mono", "07_single_latents",
+    ("Latents have concepts", "09_recovery", {"minus_low": scaled("minus_low", -1)}),
+    ("Latents are more mono", "09_single_latents",
      {"method": lambda t: t["method"].map({"trained": "untrained", "untrained": "trained"})}),
-    ("Latents keep", "07_transfer", {"there": scaled("there", 0.5)}),
+    ("Latents keep", "09_transfer", {"there": scaled("there", 0.5)}),
 ])
 def test_a_claim_that_holds_would_fail_on_other_numbers(claim, name, columns):
     assert changed(claim, name).holds and not changed(claim, name, **columns).holds
@@ -55,7 +55,7 @@ def test_a_claim_that_holds_would_fail_on_other_numbers(claim, name, columns):
 
 @pytest.mark.parametrize("claim, name, columns", [
     ("The contrastive", "table2", {"contrastive_spliced": lambda t: t["contrastive_original"] - 0.1}),
-    ("Low label entropy", "07_regression", {"high": lambda t: t["high"] - 1}),
+    ("Low label entropy", "09_regression", {"high": lambda t: t["high"] - 1}),
 ])
 def test_a_claim_that_fails_would_hold_on_other_numbers(claim, name, columns):
     assert not changed(claim, name).holds and changed(claim, name, **columns).holds

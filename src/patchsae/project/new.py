@@ -238,10 +238,12 @@ def description(model: str, pictures: Pictures, tower: Tower, masks: Path | None
              "05_latent_ablation": "latents on and off in classification" if text else "nothing, for want of text",
              "06_maple_adaptation": "adaptation to one half of the classes" if _adapts(tower, classes) else
                  f"nothing, for want of {'four classes' if text else 'text'}",
-             "07_measured_interpretability": "how well latents match the masks" if masks else
-                 "nothing, for want of masks",
+             "07_before_and_after": "the latents of the adapted model beside those of the model" if
+                 _adapts(tower, classes) else "nothing, for want of an adapted model",
              "08_remapping": "nothing: only drawn scenes have tasks whose truth is known",
-             "09_what_holds": "the paper's claims, as far as these tables can tell",
+             "09_measured_interpretability": "how well latents match the masks" if masks else
+                 "nothing, for want of masks",
+             "10_what_holds": "the paper's claims, as far as these tables can tell",
              "explorer": "patches, latents, and pictures of yours"}
     return "\n".join([*lines, *(f"  {notebook:<30}{what}" for notebook, what in shown.items())])
 

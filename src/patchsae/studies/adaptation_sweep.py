@@ -1,4 +1,4 @@
-"""Tables of adaptation over tasks, methods and seeds, made once by ``make mini-artifacts`` and read by notebook 06.
+"""Tables of adaptation over tasks, methods and seeds, made once by ``make mini-artifacts`` for notebooks 06 and 07.
 
 Adapted models are kept under what decides them, and rows that are in their table are not computed again: an
 interrupted run goes on where it stopped.

@@ -37,7 +37,7 @@ VARIANTS = {"lambda x0.5": {"l1": 0.5}, "lambda x2": {"l1": 2}, "expansion x0.5"
             "expansion x2": {"expansion": 2}, "b_dec geometric median": {"b_dec": "geometric_median"}, **ACTIVATIONS}
 #: The method that reads something else than the residual stream.
 HIDDEN = "hidden neurons"
-#: Methods that train nothing: notebook 07 has them where the tables are not made yet.
+#: Methods that train nothing: notebook 09 has them where the tables are not made yet.
 CHEAP = ("autoencoder", "principal components", "neurons", HIDDEN, "random autoencoder", "linear probe")
 #: Methods without chance in them are the same for every seed.
 ONCE = ("neurons", HIDDEN, "linear probe")

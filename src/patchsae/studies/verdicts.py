@@ -14,7 +14,7 @@ from patchsae.config import Profile
 from patchsae.studies.adaptation import seed_means, who_decides
 from patchsae.studies.intervals import mean_interval, wilson_interval
 
-#: Precision from which a latent has a concept (notebook 07), accuracy from which a readout has nothing left to gain,
+#: Precision from which a latent has a concept (notebook 09), accuracy from which a readout has nothing left to gain,
 #: and points from which a task has a gain.
 BAR, CEILING, GAIN = 0.7, 0.99, 5
 VERDICTS = ("reproduced", "reproduced with a caveat", "contradicted", "not testable here")
@@ -118,16 +118,16 @@ def gain_on_novel(tables: Tables) -> Finding:
 
 def same_latents(tables: Tables) -> Finding:
     """Eight of ten stay, at the lower end; a caveat where LoRA, which gains as much, keeps fewer."""
-    row = tables("06_group_ranks").query("upper == 10 and group == 'high'").iloc[-1]
-    others = tables("06_fidelity").query("method == 'lora'")["group high"].mean()
+    row = tables("07_group_ranks").query("upper == 10 and group == 'high'").iloc[-1]
+    others = tables("07_fidelity").query("method == 'lora'")["group high"].mean()
     return Finding(*row[["mean", "low", "high"]], holds=row["low"] >= 8,
                    caveat=f"of prompts; LoRA keeps {others:.1f}" if others < 8 else "")
 
 
 def latents_that_enter(tables: Tables) -> Finding:
     """Less than half a latent a class, at the upper end; a caveat where with LoRA more enter."""
-    row = tables("06_group_ranks").query("upper == 10 and group == 'low to high'").iloc[-1]
-    others = tables("06_fidelity").query("method == 'lora'")["group low to high"].mean()
+    row = tables("07_group_ranks").query("upper == 10 and group == 'low to high'").iloc[-1]
+    others = tables("07_fidelity").query("method == 'lora'")["group low to high"].mean()
     return Finding(*row[["mean", "low", "high"]], holds=row["high"] < 0.5,
                    caveat=f"of prompts; with LoRA {others:.1f} enter" if others > 0.5 else "")
 
@@ -136,7 +136,7 @@ def who_classifies(tables: Tables) -> Finding:
     """Exchanging the model that classifies moves accuracy more than exchanging the counts, over tasks; a caveat where
     prompt tokens that say nothing of the image leave less than half of that, or one task makes more than half."""
     def ahead(second: str) -> pd.Series:
-        rows = who_decides(tables("06_masking_base"), second)
+        rows = who_decides(tables("07_masking_base"), second)
         return 100 * (rows["by who classifies"] - rows["by who selects"])
 
     by_task, sealed = ahead("adapted"), ahead("mean prompts").mean()
@@ -151,9 +151,9 @@ def who_classifies(tables: Tables) -> Finding:
 def readable_before(tables: Tables) -> Finding:
     """Of tasks with five points of gain on base classes, a readout of the latents before reaches more than half of the
     gain, and becomes better by less than half of it; the caveat says where it had nothing left to gain."""
-    rows = tables("06_remapping").query("half == 'base' and gain >= @GAIN / 100")
+    rows = tables("07_remapping").query("half == 'base' and gain >= @GAIN / 100")
     (low,), (high,) = mean_interval(100 * rows[["remapped"]].to_numpy())
-    before = tables("06_readout").query("half == 'base' and what == 'before'").set_index("task")["accuracy"]
+    before = tables("07_readout").query("half == 'base' and what == 'before'").set_index("task")["accuracy"]
     full = [task for task in rows["task"] if before[task] >= CEILING]
     caveat = f"{len(rows)} tasks have a gain" + (f"; on {', '.join(full)} nothing new could show" if full else "")
     return Finding(100 * rows["remapped"].mean(), low, high, caveat=caveat,
@@ -162,7 +162,7 @@ def readable_before(tables: Tables) -> Finding:
 
 def fits_the_adapted(tables: Tables) -> Finding:
     """Fewer than five points more than of CLIP; a caveat where it is more at all."""
-    rows = tables("06_fidelity")
+    rows = tables("07_fidelity")
     rows = rows.assign(cost=100 * (rows["accuracy_original"] - rows["accuracy_spliced"]))
     maple = rows.query("method == 'maple'")
     found = _over_seeds(maple, maple["cost"] - rows.query("method == 'zero-shot'")["cost"].mean())
@@ -171,7 +171,7 @@ def fits_the_adapted(tables: Tables) -> Finding:
 
 def concepts(tables: Tables) -> Finding:
     """More of the concepts have a latent than the best control finds: the interval over concepts lies above 0."""
-    rows = tables("07_recovery").query("configuration == 'default' and kind == 'together'").set_index("method")
+    rows = tables("09_recovery").query("configuration == 'default' and kind == 'together'").set_index("method")
     best = rows.loc[rows.drop(["autoencoder", "linear probe"], errors="ignore")["share"].idxmax()]
     return Finding(*(100 * best[["minus", "minus_low", "minus_high"]]), holds=best["minus_low"] > 0,
                    caveat=f"the best control, {best.name}, finds {_percent(best['share'])}")
@@ -179,13 +179,13 @@ def concepts(tables: Tables) -> Finding:
 
 def entropy_marks_concepts(tables: Tables) -> Finding:
     """The lower the entropy the higher the precision: the coefficient's interval lies below 0."""
-    row = tables("07_regression").set_index("term").loc["label entropy"]
+    row = tables("09_regression").set_index("term").loc["label entropy"]
     return Finding(*row[["coefficient", "low", "high"]], holds=row["high"] < 0)
 
 
 def monosemantic(tables: Tables) -> Finding:
     """The difference of means lies above 0 with its interval; a caveat where the medians hardly differ."""
-    rows = tables("07_single_latents").query("measure == 'monosemanticity'").dropna()
+    rows = tables("09_single_latents").query("measure == 'monosemanticity'").dropna()
     trained, untrained = (rows.query("method == @name")["value"] for name in ("trained", "untrained"))
     interval = ttest_ind(trained, untrained, equal_var=False).confidence_interval()
     medians = trained.median(), untrained.median()
@@ -195,7 +195,7 @@ def monosemantic(tables: Tables) -> Finding:
 
 def keeps_its_concept(tables: Tables) -> Finding:
     """More than half of the latents with a concept have it on other tasks; a caveat where on one task most lose it."""
-    rows = tables("07_transfer").query("home >= @BAR")
+    rows = tables("09_transfer").query("home >= @BAR")
     kept = wilson_interval((rows["there"] >= BAR).to_numpy())
     by_task = (rows["there"] >= BAR).groupby(rows["task"]).mean()
     return Finding(*(100 * kept[name] for name in ("accuracy", "low", "high")), holds=kept["low"] > 0.5,
@@ -222,15 +222,15 @@ CLAIMS = (
     Claim("Latents of the whole data set tell no classes apart (% right, ten on)", "a curve", "05", dataset_latents),
     Claim("MaPLe gains on base classes (points)", "12.6", "06", gain_on_base),
     Claim("MaPLe does not lose on novel classes (points)", "0.1", "06", gain_on_novel),
-    Claim("A class's top latents are the same after adaptation (of ten)", "10.4 of 11", "06", same_latents),
-    Claim("Hardly a latent enters from beyond the first hundred (a class)", "0.6", "06", latents_that_enter),
-    Claim("Who classifies decides, not who selects the latents (points)", "a curve", "06", who_classifies),
-    Claim("What is gained was there before (% of the gain)", "argued", "06", readable_before),
-    Claim("CLIP's autoencoder fits the adapted model (points lost more)", "a curve", "06", fits_the_adapted),
-    Claim("Latents have concepts that others do not find (points of 100)", "examples", "07", concepts),
-    Claim("Low label entropy marks such latents (coefficient)", "a rule", "07", entropy_marks_concepts),
-    Claim("Latents are more monosemantic than untrained ones", "examples", "07", monosemantic),
-    Claim("Latents keep their concept on other data (%)", "examples", "07", keeps_its_concept),
+    Claim("A class's top latents are the same after adaptation (of ten)", "10.4 of 11", "07", same_latents),
+    Claim("Hardly a latent enters from beyond the first hundred (a class)", "0.6", "07", latents_that_enter),
+    Claim("Who classifies decides, not who selects the latents (points)", "a curve", "07", who_classifies),
+    Claim("What is gained was there before (% of the gain)", "argued", "07", readable_before),
+    Claim("CLIP's autoencoder fits the adapted model (points lost more)", "a curve", "07", fits_the_adapted),
+    Claim("Latents have concepts that others do not find (points of 100)", "examples", "09", concepts),
+    Claim("Low label entropy marks such latents (coefficient)", "a rule", "09", entropy_marks_concepts),
+    Claim("Latents are more monosemantic than untrained ones", "examples", "09", monosemantic),
+    Claim("Latents keep their concept on other data (%)", "examples", "09", keeps_its_concept),
 )
 
 
