@@ -7,13 +7,11 @@ import pytest
 import torch
 from conftest import one_sentence
 
-import patchsae.activations
 import patchsae.fast.pools
 from patchsae import ArrayDataset
-from patchsae.activations import TrainingTokens, epoch_rows
 from patchsae.config import load_profile
 from patchsae.data.images import Unreadable
-from patchsae.fast.pools import pool_spans, shuffled_tokens
+from patchsae.fast.pools import TrainingTokens, epoch_rows, pool_spans, shuffled_tokens
 from patchsae.train import training_batches
 
 
@@ -81,7 +79,7 @@ def test_tokens_of_unreadable_images_are_left_out(clip, monkeypatch, kept):
     monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 6)
     monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 1)
     if not kept:
-        monkeypatch.setattr(patchsae.activations, "MEMORY", 0)
+        monkeypatch.setattr(patchsae.fast.pools, "MEMORY", 0)
     pixels = torch.randn(23, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     ds = Damaged(pixels, np.zeros(23, int))
     ds.unreadable = {}
@@ -98,7 +96,7 @@ def test_a_training_on_shuffled_tokens_resumes_to_the_same_bytes(clip, tmp_path,
     from patchsae.train import train_sae
 
     monkeypatch.setattr(patchsae.fast.pools, "POOL_IMAGES", 5)
-    monkeypatch.setattr(patchsae.activations, "MEMORY", 0)
+    monkeypatch.setattr(patchsae.fast.pools, "MEMORY", 0)
     profile = load_profile("mini").with_sae(
         expansion=3, batch_images=4, steps=12, save_every=4, warmup=5, dead_after=2, shuffle="tokens"
     )

@@ -10,9 +10,10 @@ from test_train import Interrupted, Stops, files
 
 import patchsae.train
 from patchsae import ArrayDataset
-from patchsae.activations import TrainingTokens, tokens_at
+from patchsae.activations import tokens_at
 from patchsae.config import load_profile
 from patchsae.data.images import Images
+from patchsae.fast.pools import TrainingTokens
 from patchsae.train import new_saes, rides, run_key, train_sae, train_saes
 
 
@@ -30,7 +31,7 @@ class Counted(Images):
 
 @pytest.fixture(autouse=True)
 def _read_images_as_they_are_needed(monkeypatch):
-    monkeypatch.setattr("patchsae.activations.MEMORY", 0)
+    monkeypatch.setattr("patchsae.fast.pools.MEMORY", 0)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_tokens_shuffled_over_many_images_and_tokens_that_are_kept(clip, ds, sev
     loose = [profile.with_sae(shuffle="tokens") for profile in several[:4]]
     found = train_saes(loose, clip, ds, together(tmp_path / "loose", loose))
     assert_as_alone(loose, clip, ds, tmp_path / "loose", found)
-    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
+    monkeypatch.setattr("patchsae.fast.pools.MEMORY", 2**20)
     counted = Counted(ds)
     found = train_saes(several, clip, counted, together(tmp_path / "kept", several))
     assert counted.read == 23

@@ -18,10 +18,11 @@ import patchsae.train
 import patchsae.weights.formats
 from patchsae import ArrayDataset, SparseAutoencoder, train_steps
 from patchsae.__main__ import main
-from patchsae.activations import TrainingTokens, epoch_rows, token_batches, training_rows
+from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.config import Profile, load_profile
 from patchsae.data.images import Images
+from patchsae.fast.pools import TrainingTokens, epoch_rows, training_rows
 from patchsae.studies.study import committed_folder, committed_log, run_folder, trained_sae
 from patchsae.train import LOG_COLUMNS, Training, new_saes, train_sae
 
@@ -234,7 +235,7 @@ def test_training_tokens_are_the_same_whether_kept_or_not(clip, pixel_data, monk
     rows = training_rows(23, 5, 6, 3)
     expected = clip.below(pixel_data.pixels[torch.from_numpy(rows)], -2)
     computed = TrainingTokens(clip, pixel_data, [-2])
-    monkeypatch.setattr("patchsae.activations.MEMORY", 2**20)
+    monkeypatch.setattr("patchsae.fast.pools.MEMORY", 2**20)
     kept = TrainingTokens(clip, pixel_data, [-2])
     assert kept.kept is not None and computed.kept is None
     for tokens in (kept, computed):
@@ -323,7 +324,7 @@ def test_new_autoencoder_starts_at_the_median_of_the_first_eight_batches(whole, 
 def _read_images_as_they_are_needed():
     """Tokens are not kept in memory here, so that an interruption can come between any two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchsae.activations.MEMORY", 0)
+        patch.setattr("patchsae.fast.pools.MEMORY", 0)
         yield
 
 

@@ -14,7 +14,7 @@ from maple_twin import state_dict  # noqa: E402
 
 from patchsae import ArrayDataset, SparseAutoencoder, collect_latents, load_profile, write_cache  # noqa: E402
 from patchsae.ablation import Setup, make_arm  # noqa: E402
-from patchsae.activations import TrainingTokens, load_pixels  # noqa: E402
+from patchsae.activations import load_pixels  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
 from patchsae.data.adapters import TorchImages  # noqa: E402
 from patchsae.data.datasets import FolderDataset, Subset  # noqa: E402
@@ -228,12 +228,6 @@ CALLS = {
                                             "layers": [LAYER, 0]},
     "activations.tokens_at": lambda w: {"clip": w.clip, "pixels": w.pixels, "layers": [LAYER, 0]},
     "activations.kept_pixels": lambda w: {"clip": w.clip, "ds": w.ds},
-    "activations.epoch_rows": lambda w: {"n": 9, "epoch": 2, "seed": 3},
-    "activations.training_rows": lambda w: {"n": 9, "step": 2, "batch_images": 4, "seed": 3},
-    "activations.TrainingTokens": lambda w: {"clip": w.clip, "ds": w.ds, "layers": [LAYER, 0], "bf16": False,
-                                             "caches": ()},
-    "activations.TrainingTokens.batches": lambda w: {"self": TrainingTokens(w.clip, w.ds, [LAYER]),
-                                                     "rows": [np.arange(3), np.arange(5)]},
     "cache.made_of": lambda w: {"clip": w.clip, "ds": w.ds, "layer": LAYER},
     "cache.cache_folder": lambda w: {"profile": w.profile, "clip": w.clip, "ds": w.ds},
     "cache.cache_bytes": lambda w: {"clip": w.clip, "n_images": 7},

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import random_clip_model  # noqa: E402
 
-import patchsae.activations  # noqa: E402
+import patchsae.fast.pools  # noqa: E402
 from patchsae import ArrayDataset  # noqa: E402
 from patchsae.clip import Clip  # noqa: E402
 from patchsae.config import load_profile  # noqa: E402
@@ -34,7 +34,7 @@ STEPS = 60
 def train(kind: int, folder: Path) -> None:
     """One training to its end, or from where it stands."""
     changes, sparse = KINDS[kind]
-    patchsae.activations.POOL_IMAGES, patchsae.activations.MEMORY = 7, 0
+    patchsae.fast.pools.POOL_IMAGES, patchsae.fast.pools.MEMORY = 7, 0
     if sparse:
         patchsae.train.WIDE, patchsae.train.SPARSE_BELOW = 0, {"cpu": 2.0}
     settings = {"expansion": 4, "batch_images": 4, "steps": STEPS, "save_every": 3, "warmup": 5, "dead_after": 2,

@@ -1,11 +1,6 @@
-"""From images to tokens: a data set streamed through the part of the model below the cut, once or in training's order.
+"""From images to tokens: a data set streamed once through the part of the model below the cut."""
 
-In training every image (or every token) is used once per epoch, and the order is a function of the seed alone, so that
-a training that was interrupted goes on with the batch it would have had.
-"""
-
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +9,12 @@ from tqdm.auto import tqdm
 
 from patchsae.clip import Clip
 from patchsae.data.adapters import as_images
-from patchsae.data.checks import Layer, Natural, Pixels, Seed, Whole, guard, indices
+from patchsae.data.checks import Layer, Natural, Pixels, guard, indices
 from patchsae.data.datasets import ArrayDataset
 from patchsae.data.images import Images, Unreadable
 from patchsae.data.reading import read_ahead, read_rows
 
-#: Tokens of a training set are kept in memory up to this size: 1 GiB.
+#: Pixels and tokens that are read several times are kept in memory up to this size: 1 GiB.
 MEMORY = 2**30
 
 
@@ -118,85 +113,6 @@ def kept_pixels(clip: Clip, ds: Images) -> Images:
     batches = list(pixel_batches(clip, ds))
     return ArrayDataset(torch.cat([b.pixels.cpu() for b in batches]), torch.cat([b.labels for b in batches]),
                         [name for b in batches for name in b.ids], ds.class_names)
-
-
-# The order of training ----------------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=4)
-def epoch_rows(n: Natural, epoch: Whole, seed: Seed) -> np.ndarray:
-    """The order of one epoch over n images: a permutation that depends on the seed and the epoch alone."""
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    order.flags.writeable = False
-    return order
-
-
-def training_rows(n: Whole, step: Whole, batch_images: Natural, seed: Seed) -> np.ndarray:
-    """Positions of the images of one training step.
-
-    A function of its arguments, so that a resumed run goes on with the batch it would have had. Every image is
-    used once per epoch; a batch may straddle two epochs.
-    """
-    if n == 0:
-        raise ValueError("The data set is empty; give one with at least one image.")
-    places = np.arange(step * batch_images, (step + 1) * batch_images)
-    return np.array([epoch_rows(n, int(p // n), seed)[p % n] for p in places])
-
-
-class TrainingTokens:
-    """Image tokens of the images at any positions of a data set, at each of ``layers``: ``tokens[rows]`` is a list of
-    ``[B,T,D]``. Images are read and blocks computed once for all layers.
-
-    They are read from disk caches where these are given, one a layer (see ``cache``). Otherwise, where all of a layer's
-    fit into ``MEMORY`` bytes, they are computed once and kept; else whenever they are asked for, ``bf16`` for autocast.
-    Each way the same rows give the same bytes again, so that a resumed training goes on as it would have.
-    """
-
-    def __init__(self, clip: Clip, ds: Images, layers: Sequence[Layer], bf16: bool = False, caches: Sequence = ()):
-        self.clip, self.ds, self.layers, self.bf16, self.caches = clip, ds, list(layers), bf16, list(caches)
-        self.kept = None
-        if wrong := [cache for cache in caches if not hasattr(cache, "manifest")]:
-            raise ValueError(f"A cache is a {type(wrong[0]).__name__}; give what open_cache returns.")
-        for cache in caches:
-            ds.unreadable.update(dict.fromkeys(cache.manifest["unreadable"], "unreadable when cached"))
-        # The same for one layer as for several, since tokens computed in other batches round otherwise.
-        if not caches and 4 * len(ds) * clip.n_tokens * clip.width <= MEMORY:
-            self._keep()
-
-    def _keep(self) -> None:
-        """Compute the tokens of all images, and note where those of each position are."""
-        parts, read = [], []
-        with torch.no_grad(), self._autocast():
-            for batch in pixel_batches(self.clip, self.ds, title="tokens of the images"):
-                parts.append([self._of_images(z) for z in finite_tokens(self.clip, batch, self.layers)])
-                read += batch.rows.tolist()
-        self.kept, self.place = list(map(torch.cat, zip(*parts))), np.full(len(self.ds), -1)
-        self.place[read] = np.arange(len(read))
-
-    def __getitem__(self, rows: np.ndarray) -> list[torch.Tensor]:
-        return next(self.batches([rows]))
-
-    def _of_images(self, z: torch.Tensor) -> torch.Tensor:
-        return z[:, :self.clip.n_tokens].float()
-
-    def _autocast(self):
-        return torch.autocast(self.clip.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def batches(self, rows: Iterable[np.ndarray]) -> Iterator[list[torch.Tensor]]:
-        """The tokens of each batch of positions, float32; images that cannot be read are left out."""
-        rows = list(rows)
-        if self.caches:
-            for found in zip(*(cache.batches(rows, self.clip.device) for cache in self.caches)):
-                yield [z.float() for z in found]
-        elif self.kept is not None:
-            for batch in rows:
-                places = self.place[indices(batch, len(self.place), "positions")]
-                places = torch.from_numpy(places[places >= 0])
-                yield [z[places] for z in self.kept]
-        else:
-            for batch in read_pixels(self.clip, self.ds, rows):
-                with torch.no_grad(), self._autocast():
-                    found = tokens_at(self.clip, batch.pixels, self.layers)
-                yield [self._of_images(z) for z in found]
 
 
 guard(globals())

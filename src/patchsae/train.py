@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from patchsae.activations import TrainingTokens, training_rows
 from patchsae.cache import profile_cache
 from patchsae.clip import Clip
 from patchsae.config import Profile
@@ -26,7 +25,7 @@ from patchsae.data.checks import Natural, NotNegative, Rate, Tokens, Whole, guar
 from patchsae.data.images import Images
 from patchsae.fast import processes
 from patchsae.fast.medians import initial_b_dec
-from patchsae.fast.pools import ahead, shuffled_tokens
+from patchsae.fast.pools import TrainingTokens, ahead, shuffled_tokens, training_rows
 from patchsae.fast.sparse import sparse_step
 from patchsae.sae import SparseAutoencoder
 from patchsae.weights.files import load_json, load_tensors, save_json, save_tensors, tensor_hash, write_atomically

@@ -15,10 +15,11 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from patchsae import ArrayDataset, collect_latents
-from patchsae.activations import TrainingTokens, load_pixels, pixel_batches, token_batches
+from patchsae.activations import load_pixels, pixel_batches, token_batches
 from patchsae.data.datasets import Subset
 from patchsae.data.images import LONGEST, Crop, FileDataset, Unreadable, in_turn, read_image
 from patchsae.data.reading import MOST_UNREADABLE
+from patchsae.fast.pools import TrainingTokens
 
 
 def photograph(height, width, seed=0) -> np.ndarray:
@@ -206,7 +207,7 @@ def test_training_leaves_unreadable_images_out(tmp_path, clip, monkeypatch):
     monkeypatch.setattr("patchsae.data.reading.MOST_UNREADABLE", 0.1)
     ds, rows = folder(tmp_path, 20, bad=(7,)), [np.array([1, 7, 3, 7]), np.array([4, 2])]
     kept = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
-    monkeypatch.setattr("patchsae.activations.MEMORY", 0)
+    monkeypatch.setattr("patchsae.fast.pools.MEMORY", 0)
     computed = [z for z, in TrainingTokens(clip, ds, [LAYER]).batches(rows)]
     assert [len(z) for z in kept] == [len(z) for z in computed] == [2, 2]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, computed))

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 
-from patchsae.activations import pixel_batches, token_batches, training_rows
+from patchsae.activations import pixel_batches, token_batches
 from patchsae.clip import Clip
 from patchsae.data.datasets import Subset
+from patchsae.fast.pools import training_rows
 from patchsae.studies.recovery import Directions, Split, latent_directions
 from patchsae.studies.study import Study
 from patchsae.train import Training, new_saes
