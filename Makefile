@@ -53,8 +53,8 @@ ready: | env
 check: | env  ## say what the profile needs, what is missing, and what it will cost
 	@"$(PYTHON)" -B -m patchsae check
 
-fetch: | env  ## download the profile's weights and images as far as the hub has them
-	"$(PYTHON)" -m patchsae fetch
+fetch: | env  ## download the profile's weights and images as far as the hub has them (YES=1: however large)
+	"$(PYTHON)" -m patchsae fetch $(if $(YES),--yes)
 
 reset: | env  ## put data and figures back as they were committed and remove what runs left, after a question (YES=1: none)
 	@"$(PYTHON)" -B -m patchsae reset $(if $(YES),--yes)

@@ -192,6 +192,7 @@ def test_fetched_files_are_verified_and_noted(hub, tmp_path):
     with pytest.raises(ValueError) as error:
         fetch.fetch_model(load_profile("paper"))
     assert one_sentence(error.value) and "model.safetensors" in str(error.value)
+    assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]  # what was bad is fetched anew
 
 
 def test_hub_out_of_reach_is_one_sentence(monkeypatch):
@@ -201,14 +202,33 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     with pytest.raises(OSError) as error:
         fetch.fetch_model(load_profile("paper"))
-    assert one_sentence(error.value) and "make fetch PROFILE=paper" in str(error.value)
+    assert one_sentence(error.value) and "check the network" in str(error.value)
 
 
-def test_tasks_the_hub_does_not_have_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "open_hub", lambda task, split: range(5))
-    lines = fetch.fetch_images(load_profile("paper"))
-    assert len(lines) == 13 and any(line.startswith("cifar100: 10 images") for line in lines)
-    assert any(line.startswith("caltech101: not on the hub") for line in lines)
+def test_what_the_hub_does_not_give_stops_nothing_else_and_much_is_asked_for(tmp_path, monkeypatch):
+    """Model and ImageNet fail, CIFAR-100 comes; 155 GB start after a question alone."""
+    asked, opened = [], []
+
+    def open_hub(task, split):
+        opened.append(task)
+        if task == "imagenet":
+            raise FileNotFoundError("The terms are to be accepted.")
+        return range(5)
+
+    monkeypatch.setattr(fetch, "open_hub", open_hub)
+    monkeypatch.setattr(fetch, "on_this_machine", lambda task: False)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("down")))
+    monkeypatch.setattr(type(load_profile("paper")), "data_dir", property(lambda self: tmp_path))
+    with pytest.raises(OSError, match="1 of 14 could not") as error:
+        fetch.run("paper")
+    assert len(asked) == 1 and "imagenet is 155 GB" in asked[0] and "GB are free" in asked[0]
+    assert "imagenet: not fetched; make fetch with YES=1" in str(error.value) and set(opened) == {"cifar100"}
+    with pytest.raises(OSError, match="2 of 14 could not") as error:
+        fetch.run("paper", yes=True)
+    lines = str(error.value).splitlines()
+    assert len(asked) == 1 and "imagenet: FAILED. The terms are to be accepted." in lines
+    assert "cifar100: 10 images from the hub" in lines and any("caltech101: not on the hub" in line for line in lines)
 
 
 def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, monkeypatch):

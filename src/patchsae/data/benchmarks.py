@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub import constants
 
 from patchsae.data.images import FileDataset, HubDataset, images_in, in_turn
+from patchsae.weights.hub import why_not
 
 TABLE = tomllib.loads(Path(__file__).with_name("datasets.toml").read_text())
 CLASS_NAMES = {title: tuple(halves["base"] + halves["new"]) for title, halves in
@@ -52,9 +53,10 @@ def missing(root: Path, task: str) -> list[Path]:
 
 
 def on_this_machine(task: str) -> bool:
-    """Whether the hub's copy of a row lies in the cache of ``datasets``."""
+    """Whether the hub's copy of a row lies whole in the cache of ``datasets``."""
     cache, row = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets", _row(task)
-    return "hub" in row and (Path(cache) / row["hub"]["id"].replace("/", "___")).is_dir()
+    there = Path(cache).glob(f"{row['hub']['id'].replace('/', '___')}/**/dataset_info.json") if "hub" in row else ()
+    return any(not path.parent.name.endswith(".incomplete") for path in there)
 
 
 def where_from(task: str) -> str:
@@ -135,8 +137,8 @@ def open_hub(task: str, split: str, n: int | None = None, size: int | None = Non
         table = datasets.load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split],
                                       revision=hub.get("revision"))
     except Exception as error:  # the library has errors of its own for every way a server can fail
-        raise FileNotFoundError(f"{task} is neither in its folder nor given by the hub ({type(error).__name__}); get "
-                                f"it from {where_from(task)}.") from error
+        raise FileNotFoundError(f"{task} is in no folder, and the hub does not give {hub['id']}: "
+                                f"{why_not(error, hub['id'], 'datasets/')}.") from error
     _check_count(task, split, len(table))
     names, labels = _hub_labels(table, row, hub)
     rows = [i for i, _ in in_turn(list(enumerate(labels.tolist())), n)]

@@ -71,7 +71,8 @@ def weights_line(profile: Profile) -> str:
         return "Weights: none"
     known, digest = load_json(noted).get(file.name) if noted.is_file() else None, file_sha256(file)
     if known not in (None, digest):
-        raise ValueError(f"{file} is not what was fetched, its hash has changed; remove it and {profile.model.get}.")
+        raise ValueError(f"{file.resolve()} is not what was fetched, its hash has changed; remove it, and run "
+                         f"{profile.model.get}.")
     return f"Weights: {file.name}, sha256 {digest}, {'verified' if known else 'unverified, no hash of it is known'}"
 
 
