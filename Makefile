@@ -82,8 +82,8 @@ notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 mini-clip: | env  ## train the small CLIP of data/mini/ again
 	"$(PYTHON)" -m patchsae mini-clip
 
-mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
-	"$(PYTHON)" -m patchsae artifacts
+mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations (YES=1: no question)
+	"$(PYTHON)" -m patchsae artifacts $(if $(YES),--yes)
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks

@@ -117,7 +117,8 @@ class DataSettings:
     ``images``: the folder of the task's images where they lie elsewhere; ``masks``: a folder of masks of them;
     ``test_share``: share of the images that are kept for tests where a folder has no splits. ``batch_images`` is for
     passes that do not train. ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has
-    written in this format, or on none.
+    written in this format, or on none. ``subset``: the images and classes of benchmarks that are there are all that
+    is wanted.
     """
 
     task: Word
@@ -131,6 +132,7 @@ class DataSettings:
     images: str = ""
     masks: str = ""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    subset: bool = False
 
 
 @_settings
@@ -274,6 +276,7 @@ class Profile:
             del sae["k"]
         data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
         data |= {"cache": self.data.cache} if self.data.cache else {}
+        data |= {"subset": True} if self.data.subset else {}
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from patchsae.config import ROOT, Profile, device, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, where_from
-from patchsae.data.datasets import images_folder, images_there
+from patchsae.data.datasets import images_folder, images_lacking, images_there
 from patchsae.data.masked import READERS, SOURCE, masks_folder
 from patchsae.project.stamps import STAMPS, estimate, rate
 from patchsae.weights.files import file_sha256, load_json, model_files
@@ -85,10 +85,12 @@ def _images(profile: Profile, task: str) -> Need:
         return Need(f"images of {task} in {profile.short(images_folder(profile, task))}/", there, get, stops)
     row = TABLE[task]
     title, source = f"{row['title']} ({task}), {row['gigabytes']} GB", where_from(task)
-    if "hub" in row:
+    if "hub" in row and missing(profile.data_dir / "images", task):
         return Need(title, there, " or ".join(dict.fromkeys((get, source))), stops)
-    where = next(iter(missing(profile.data_dir / "images", task)), profile.data_dir / "images" / row["folder"])
-    return Need(f"{title}: {profile.short(where)}", there, source, stops)
+    absent, folder = missing(profile.data_dir / "images", task), profile.data_dir / "images" / row["folder"]
+    where = profile.short(absent[0] if absent else folder)
+    differs = "" if absent else images_lacking(profile, task)
+    return Need(f"{title}: {where}{f' has {differs}' if differs else ''}", there, source, stops)
 
 
 # Reports
