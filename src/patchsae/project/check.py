@@ -90,7 +90,7 @@ def _images(profile: Profile, task: str) -> Need:
     absent, folder = missing(profile.data_dir / "images", task), profile.data_dir / "images" / row["folder"]
     where = profile.short(absent[0] if absent else folder)
     differs = "" if absent else images_lacking(profile, task)
-    return Need(f"{title}: {where}{f' has {differs}' if differs else ''}", there, source, stops)
+    return Need(f"{title}: {where}{f' ({differs})' if differs else ''}", there, source, stops)
 
 
 # Reports

@@ -35,7 +35,7 @@ def why_not(error: BaseException, name: str, kind: str = "") -> str:
     answers = [getattr(getattr(e, "response", None), "status_code", None) for e in chain]
     status = next((code for code in answers if isinstance(code, int)), 0)
     page = f"https://huggingface.co/{kind}{name.partition('@')[0]}"
-    if "GatedRepo" in kinds:
+    if "GatedRepo" in kinds or "gated dataset" in str(error):
         return f"its licence must be accepted first; do so at {page}, then log in here with `hf auth login`"
     if "OfflineMode" in kinds:
         return "HF_HUB_OFFLINE forbids to ask; unset it"
@@ -44,7 +44,7 @@ def why_not(error: BaseException, name: str, kind: str = "") -> str:
     if status >= 500:
         return f"its server is out of order ({status}); try again in a few minutes"
     if "Consistency check" in " ".join(map(str, chain)) or "Protocol" in kinds:
-        return "the transfer broke off; run it again, it goes on where it stopped"
+        return "the transfer broke off; run it again, files that came whole are kept"
     if status:
         return {401: f"it does not say to strangers whether there is one (401); check the name at {page}, and log in "
                      "here with `hf auth login` if it is private",
