@@ -71,6 +71,10 @@ def test_report_names_everything(monkeypatch, tmp_path):
         text = check.report(profile)
         assert "01_train_sae" in text and "explorer" in text and "GFLOP/s" in text
         (tmp_path / "stamps.csv").unlink()
+    few = dataclasses.replace(load_profile("paper").data, test_images=300)
+    text = check.report(dataclasses.replace(load_profile("paper"), data=few))
+    assert "Too few: 300 test images leave classes of imagenet (1000 classes), imagenet-sketch" in text
+    assert "sun397 (397 classes) without any" in text and "dtd (" not in text
     assert all(need.there for need in check.needs(load_profile("mini")))
     assert not check.missing_lines(load_profile("mini"))
 

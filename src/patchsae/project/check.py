@@ -104,6 +104,11 @@ def report(profile: Profile) -> str:
     """Everything: what is there, what is missing, this machine, and what each notebook takes."""
     lines = [f"Profile {profile.name}"]
     lines += [f"  {'there  ' if n.there else 'MISSING' if n.stops else 'absent '}  {n.name}" for n in needs(profile)]
+    published = read_tasks(profile) if profile.data.source == "benchmarks" and not profile.data.subset else []
+    classes = {task: TABLE[task]["classes"] for task in published}
+    if few := [f"{task} ({n} classes)" for task, n in classes.items() if n > profile.data.test_images]:
+        lines.append(f"Too few: {profile.data.test_images} test images leave classes of {', '.join(few)} without any; "
+                     "raise test_images under [data].")
     gflops, have = rate(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if device() == "cuda":
         have = torch.cuda.get_device_properties(0).total_memory / 1e9
