@@ -17,6 +17,7 @@ from PIL import Image
 
 from patchsae import load_profile
 from patchsae.config import ROOT
+from patchsae.data import benchmarks
 from patchsae.data.datasets import open_dataset
 from patchsae.data.masked import open_masked
 from patchsae.project import check, fetch, rehearsal, stamps
@@ -233,6 +234,25 @@ def test_what_the_hub_does_not_give_stops_nothing_else_and_much_is_asked_for(tmp
     lines = str(error.value).splitlines()
     assert len(asked) == 1 and "imagenet: FAILED. The terms are to be accepted." in lines
     assert "cifar100: 10 images from the hub" in lines and any("caltech101: not on the hub" in line for line in lines)
+
+
+def test_an_autoencoder_that_is_named_on_the_hub_is_fetched_too(tmp_path, monkeypatch):
+    (tmp_path / "final.safetensors").write_bytes(b"")
+    monkeypatch.setattr(fetch, "autoencoder_folder", lambda name: tmp_path)
+    monkeypatch.setattr(fetch, "load_profile", lambda name: load_profile("mini").with_sae(weights="someone/sae"))
+    lines = fetch.run("mini").splitlines()
+    assert lines[:2] == ["data/mini/clip: there", "someone/sae: 1 files of the autoencoder from the hub"]
+
+
+def test_images_of_the_hub_are_there_when_their_cache_is_whole(tmp_path, monkeypatch):
+    """Wherever the cache is; what was cut while it was unpacked is not there."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    there = tmp_path / "uoft-cs___cifar100" / "default" / "0.0.0"
+    for folder, whole in ((there / "aadb.incomplete", False), (there / "aadb", True)):
+        folder.mkdir(parents=True)
+        assert not benchmarks.on_this_machine("cifar100")
+        (folder / "dataset_info.json").write_text("{}")
+        assert benchmarks.on_this_machine("cifar100") == whole and not benchmarks.on_this_machine("imagenet")
 
 
 def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Downloads what the Hugging Face hub has of a profile's weights and images, resumes, verifies: ``make fetch``."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from patchsae.data.benchmarks import TABLE, missing, on_this_machine, open_hub, 
 from patchsae.project.ask import agreed
 from patchsae.project.check import model_file, read_tasks
 from patchsae.weights.files import file_sha256, save_json
-from patchsae.weights.hub import model_folder, why_not
+from patchsae.weights.hub import autoencoder_folder, model_folder, why_not
 
 #: Gigabytes from which on a download is asked for.
 LARGE = 5
@@ -63,15 +64,18 @@ def run(name: str | None, yes: bool = False) -> str:
     """Fetch what a profile needs; returns a line for each thing. What cannot be had stops nothing else, and is an
     error when the rest is done."""
     profile, lines, failed = load_profile(name), [], []
-    model = profile.model.name
+    model, sae = profile.model.name, profile.sae.weights
 
     def weights() -> str:
         if model.count("/") != 1 or resolve(model).exists():
             return "there" if model_file(model) else f"not on the hub; {profile.model.get} makes it"
         return ", ".join(f"{file} sha256 {digest}" for file, digest in fetch_model(profile).items())
 
-    tasks = {task: partial(fetch_images, profile, task, yes) for task in read_tasks(profile)}
-    for thing, fetch in ({model: weights} | tasks).items():
+    things: dict[str, Callable[[], str]] = {model: weights}
+    if sae.count("/") == 1 and not Path(sae).suffix and not resolve(sae).exists():
+        things[sae] = lambda: f"{len(list(autoencoder_folder(sae).iterdir()))} files of the autoencoder from the hub"
+    things |= {task: partial(fetch_images, profile, task, yes) for task in read_tasks(profile)}
+    for thing, fetch in things.items():
         try:
             lines.append(f"{thing}: {fetch()}")
         except (OSError, ValueError) as error:
