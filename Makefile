@@ -53,8 +53,8 @@ ready: | env
 check: | env  ## say what the profile needs, what is missing, and what it will cost
 	@"$(PYTHON)" -B -m patchsae check
 
-fetch: | env  ## download the profile's weights and images as far as the hub has them
-	"$(PYTHON)" -m patchsae fetch
+fetch: | env  ## download the profile's weights and images as far as the hub has them (YES=1: however large)
+	"$(PYTHON)" -m patchsae fetch $(if $(YES),--yes)
 
 reset: | env  ## put data and figures back as they were committed and remove what runs left, after a question (YES=1: none)
 	@"$(PYTHON)" -B -m patchsae reset $(if $(YES),--yes)
@@ -82,8 +82,8 @@ notebooks: | env  ## execute every notebook and store its outputs in notebooks/
 mini-clip: | env  ## train the small CLIP of data/mini/ again
 	"$(PYTHON)" -m patchsae mini-clip
 
-mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations
-	"$(PYTHON)" -m patchsae artifacts
+mini-artifacts: | env  ## train again what the notebooks only show: sweeps, seeds, many adaptations (YES=1: no question)
+	"$(PYTHON)" -m patchsae artifacts $(if $(YES),--yes)
 
 lab: | env  ## open the notebooks in JupyterLab
 	"$(PYTHON)" -m jupyterlab notebooks

@@ -51,7 +51,7 @@ COMMANDS = {
     "check": ("say what the profile needs, what is missing, and what it will cost",
               lambda o: _call("project.check.run", o.profile, o.quiet)),
     "fetch": ("download the profile's weights and images as far as the hub has them",
-              lambda o: _call("project.fetch.run", o.profile)),
+              lambda o: _call("project.fetch.run", o.profile, o.yes)),
     "dashboard": ("write a page per latent and an index, which open without a server",
                   lambda o: _call("app.dashboard.run", o.profile, o.latents)),
     "app": ("serve the explorer in a browser, to this machine alone unless told otherwise", _app),
@@ -61,7 +61,7 @@ COMMANDS = {
                   "them", lambda o: _call(f"project.rehearsal.{'made' if o.what == 'make' else 'reported'}")),
     "mini-clip": ("train the small CLIP of data/mini again", lambda o: _call("project.artifacts.mini_clip")),
     "artifacts": ("train again what the notebooks only show: sweeps, seeds, many adaptations",
-                  lambda o: _call("project.artifacts.run", o.profile))}
+                  lambda o: _call("project.artifacts.run", o.profile, o.yes))}
 #: Commands whose work processes share, and those that are of no profile or always of the same.
 SHARED, WITHOUT_PROFILE = ("train", "latents", "cache"), ("new", "rehearsal", "mini-clip")
 #: Packages that only some commands import, and the extra of pyproject.toml that each comes with.
@@ -85,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     new("--model", default="data/mini/clip", metavar="CLIP",
         help="a folder, a file or a name on the hub; by default the small one, which knows drawn scenes alone")
     new("--masks", default="", metavar="DIR", help="masks where the images would be, as the written profile explains")
-    for name, what in (("new", "write"), ("reset", "do it"), ("cache", "write")):
+    for name, what in (("new", "write"), ("reset", "do it"), ("cache", "write"), ("fetch", "download"),
+                       ("artifacts", "train")):
         parsers[name].add_argument("--yes", action="store_true", help=f"{what} without asking")
     parsers["cache"].add_argument("--dtype", choices=("float16", "bfloat16"), help="default: the profile's data.cache")
     parsers["cache"].add_argument("--verify", action="store_true", help="check every byte and image instead")

@@ -118,7 +118,8 @@ class DataSettings:
     ``images``: the folder of the task's images where they lie elsewhere; ``masks``: a folder of masks of them;
     ``test_share``: share of the images that are kept for tests where a folder has no splits. ``batch_images`` is for
     passes that do not train. ``get``: how one gets them. ``cache``: train on the tokens that ``make cache`` has
-    written in this format, or on none.
+    written in this format, or on none. ``subset``: the images and classes of benchmarks that are there are all that
+    is wanted.
     """
 
     task: Word
@@ -132,6 +133,7 @@ class DataSettings:
     images: str = ""
     masks: str = ""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    subset: bool = False
 
 
 @_settings
@@ -177,7 +179,8 @@ class AdaptationSettings:
     """What adapting CLIP to tasks has in common (sec. 4.2).
 
     ``tasks``: adapted to, one by one. ``shots``: training images per base class. ``n_prompts`` tokens enter each of
-    the first ``depth`` blocks of both towers (MaPLe). ``augment``: random crops and mirror images in training.
+    the first ``depth`` blocks of both towers (MaPLe); ``transfer_depth``: of models that learn all classes of a task to
+    be tested on others, 0 for ``depth``. ``augment``: random crops and mirror images in training.
     ``images``: training images per task that statistics and readouts are taken of.
     """
 
@@ -186,18 +189,26 @@ class AdaptationSettings:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (1, 2, 3)
     n_prompts: Natural = 2
     depth: Natural = 9
+    transfer_depth: Whole = 0
     augment: bool = True
     images: Natural = 50_000
 
 
 @_settings
 class MethodSettings:
-    """How one method of adaptation is trained: ``epochs``, or as many as ``least_steps`` steps take if that is more."""
+    """How one method of adaptation is trained: ``epochs``, or as many as ``least_steps`` steps take if that is more.
+
+    0 stands for no other value: ``own_task_epochs`` on the profile's own task, and ``transfer_epochs`` and
+    ``transfer_learning_rate`` where all classes of a task are learned, to be tested on other tasks.
+    """
 
     learning_rate: Rate
     epochs: Natural
     least_steps: Whole = 0
     batch_images: Natural
+    own_task_epochs: Whole = 0
+    transfer_epochs: Whole = 0
+    transfer_learning_rate: Annotated[float, Field(ge=0, le=1), WrapValidator(_as_written)] = 0
 
     def epochs_of(self, images: int) -> int:
         """Epochs over so many images; the last, smaller batch of each is dropped."""
@@ -219,8 +230,9 @@ class Profile:
     sae: SaeSettings = SaeSettings()
     latents: LatentSettings = LatentSettings()
     adaptation: AdaptationSettings = AdaptationSettings()
-    maple: MethodSettings = MethodSettings(learning_rate=0.0035, epochs=5, batch_images=4)
-    coop: MethodSettings = MethodSettings(learning_rate=0.002, epochs=50, batch_images=32)
+    maple: MethodSettings = MethodSettings(learning_rate=0.0035, epochs=5, batch_images=4, transfer_epochs=2,
+                                           transfer_learning_rate=0.0026)
+    coop: MethodSettings = MethodSettings(learning_rate=0.002, epochs=200, own_task_epochs=50, batch_images=32)
     lora: MethodSettings = MethodSettings(learning_rate=2e-4, epochs=50, batch_images=32)
     fine_tuning: MethodSettings = MethodSettings(learning_rate=1e-5, epochs=10, batch_images=32)
     bounds: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -272,6 +284,7 @@ class Profile:
             del sae["k"]
         data = {k: getattr(self.data, k) for k in ("source", "task", "train_images")}
         data |= {"cache": self.data.cache} if self.data.cache else {}
+        data |= {"subset": True} if self.data.subset else {}
         return {"seed": self.seed, "layer": self.model.layer, "sae": sae, "data": data}
 
 

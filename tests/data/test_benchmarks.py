@@ -73,6 +73,49 @@ def test_coop_folder(eurosat):
     assert cropped[0].image.shape == (16, 16, 3) and cropped.fingerprint() != ds.fingerprint()
 
 
+def test_images_are_counted_once_and_what_differs_is_said(eurosat, small, monkeypatch):
+    """Counts are noted with the hash of the list, and made again when anything comes into the folders or goes."""
+    notes, top = eurosat / "run" / "image_counts.json", eurosat / "eurosat" / "2750"
+
+    def lacking(**options):
+        benchmarks.lacking.cache_clear()
+        return benchmarks.lacking(eurosat, "eurosat", notes, **options)
+
+    assert lacking() == "" and json.loads(notes.read_text())["eurosat"]["train"] == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks.os, "listdir", lambda folder: pytest.fail("counted again"))
+        assert lacking() == ""
+    (top / "Forest" / "train_3.png").unlink()
+    assert lacking() == "199 of 200 train images" and lacking(subset=True) == ""
+    for path in top.glob("*/test_*.png"):
+        path.rename(path.with_name(f".{path.name}"))
+    assert lacking(subset=True) == "0 of 30 test images"
+    (eurosat / "eurosat" / "split_zhou_EuroSAT.json").write_text("{}")
+    assert "is not a split file of CoOp" in lacking()
+
+
+def test_a_subset_is_the_classes_and_images_that_are_there(eurosat, small, tmp_path, monkeypatch):
+    for path in (eurosat / "eurosat" / "2750").glob("*/*.png"):
+        if path.parent.name not in ("Forest", "RiverLake", "River") or path.name == "train_4.png":
+            path.unlink()
+    train, test = (open_benchmark(eurosat, "eurosat", split, subset=True) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ("Forest", "River")
+    assert np.bincount(train.labels).tolist() == [19, 19] and np.bincount(test.labels).tolist() == [3, 3]
+    assert all(path.parent.name == train.class_names[label] for path, label in train.files)
+    monkeypatch.setitem(CLASS_NAMES, "ImageNet", ("tench", "great white shark", "hen"))
+    root = tmp_path / "imagenet"
+    write_images(root / "images", [f"{name}/{i}.JPEG" for name in ("train/n01", "train/n03", "val/n03") for i in "01"])
+    (root / "classnames.txt").write_text("n01 tench\nn02 great white shark\nn03 hen")
+    for split, labels in (("train", [0, 1, 0, 1]), ("test", [1, 1])):
+        ds = open_benchmark(tmp_path, "imagenet", split, subset=True)
+        assert ds.class_names == ("tench", "hen") and ds.labels.tolist() == labels
+    write_images(tmp_path / "imagenetv2" / "imagenetv2-matched-frequency-format-val", ["2/a.jpeg", "0/b.jpeg"])
+    assert open_benchmark(tmp_path, "imagenet-v2", "test", subset=True).class_names == ("tench", "hen")
+    (root / "classnames.txt").write_text("n01 tench\nn03 ocean")
+    with refused("are not the"):
+        open_benchmark(tmp_path, "imagenet", "train", subset=True)
+
+
 def theirs(split: dict, shots: int, seed: int) -> list:
     """CoOp's few shots as its code describes them, with Python's global generator."""
     random.seed(seed)

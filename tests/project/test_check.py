@@ -17,6 +17,7 @@ from PIL import Image
 
 from patchsae import load_profile
 from patchsae.config import ROOT
+from patchsae.data import benchmarks
 from patchsae.data.datasets import open_dataset
 from patchsae.data.masked import open_masked
 from patchsae.project import check, fetch, plan, rehearsal, stamps
@@ -72,6 +73,10 @@ def test_report_names_everything(monkeypatch, tmp_path):
         text = check.report(profile)
         assert "01_train_sae" in text and "explorer" in text and "GFLOP/s" in text
         (tmp_path / "stamps.csv").unlink()
+    few = dataclasses.replace(load_profile("paper").data, test_images=300)
+    text = check.report(dataclasses.replace(load_profile("paper"), data=few))
+    assert "Too few: 300 test images leave classes of imagenet (1000 classes), imagenet-sketch" in text
+    assert "sun397 (397 classes) without any" in text and "dtd (" not in text
     assert all(need.there for need in check.needs(load_profile("mini")))
     assert not check.missing_lines(load_profile("mini"))
 
@@ -193,6 +198,7 @@ def test_fetched_files_are_verified_and_noted(hub, tmp_path):
     with pytest.raises(ValueError) as error:
         fetch.fetch_model(load_profile("paper"))
     assert one_sentence(error.value) and "model.safetensors" in str(error.value)
+    assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]  # what was bad is fetched anew
 
 
 def test_hub_out_of_reach_is_one_sentence(monkeypatch):
@@ -202,14 +208,52 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     with pytest.raises(OSError) as error:
         fetch.fetch_model(load_profile("paper"))
-    assert one_sentence(error.value) and "make fetch PROFILE=paper" in str(error.value)
+    assert one_sentence(error.value) and "check the network" in str(error.value)
 
 
-def test_tasks_the_hub_does_not_have_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "open_hub", lambda task, split: range(5))
-    lines = fetch.fetch_images(load_profile("paper"))
-    assert len(lines) == 13 and any(line.startswith("cifar100: 10 images") for line in lines)
-    assert any(line.startswith("caltech101: not on the hub") for line in lines)
+def test_what_the_hub_does_not_give_stops_nothing_else_and_much_is_asked_for(tmp_path, monkeypatch):
+    """Model and ImageNet fail, CIFAR-100 comes; 155 GB start after a question alone."""
+    asked, opened = [], []
+
+    def open_hub(task, split):
+        opened.append(task)
+        if task == "imagenet":
+            raise FileNotFoundError("The terms are to be accepted.")
+        return range(5)
+
+    monkeypatch.setattr(fetch, "open_hub", open_hub)
+    monkeypatch.setattr(fetch, "on_this_machine", lambda task: False)
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "n")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("down")))
+    monkeypatch.setattr(type(load_profile("paper")), "data_dir", property(lambda self: tmp_path))
+    with pytest.raises(OSError, match="1 of 14 could not") as error:
+        fetch.run("paper")
+    assert len(asked) == 1 and "imagenet is 155 GB" in asked[0] and "GB are free" in asked[0]
+    assert "imagenet: not fetched; make fetch with YES=1" in str(error.value) and set(opened) == {"cifar100"}
+    with pytest.raises(OSError, match="2 of 14 could not") as error:
+        fetch.run("paper", yes=True)
+    lines = str(error.value).splitlines()
+    assert len(asked) == 1 and "imagenet: FAILED. The terms are to be accepted." in lines
+    assert "cifar100: 10 images from the hub" in lines and any("caltech101: not on the hub" in line for line in lines)
+
+
+def test_an_autoencoder_that_is_named_on_the_hub_is_fetched_too(tmp_path, monkeypatch):
+    (tmp_path / "final.safetensors").write_bytes(b"")
+    monkeypatch.setattr(fetch, "autoencoder_folder", lambda name: tmp_path)
+    monkeypatch.setattr(fetch, "load_profile", lambda name: load_profile("mini").with_sae(weights="someone/sae"))
+    lines = fetch.run("mini").splitlines()
+    assert lines[:2] == ["data/mini/clip: there", "someone/sae: 1 files of the autoencoder from the hub"]
+
+
+def test_images_of_the_hub_are_there_when_their_cache_is_whole(tmp_path, monkeypatch):
+    """Wherever the cache is; what was cut while it was unpacked is not there."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    there = tmp_path / "uoft-cs___cifar100" / "default" / "0.0.0"
+    for folder, whole in ((there / "aadb.incomplete", False), (there / "aadb", True)):
+        folder.mkdir(parents=True)
+        assert not benchmarks.on_this_machine("cifar100")
+        (folder / "dataset_info.json").write_text("{}")
+        assert benchmarks.on_this_machine("cifar100") == whole and not benchmarks.on_this_machine("imagenet")
 
 
 def test_hash_of_the_weights_is_reported_and_a_changed_one_refused(tmp_path, monkeypatch):

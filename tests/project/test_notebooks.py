@@ -53,10 +53,11 @@ def git(folder: Path, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def python(folder: Path, profile: str, *arguments: str) -> str:
-    """What an interpreter says with the code and the data of a folder."""
+def python(folder: Path, profile: str, *arguments: str, **variables: str) -> str:
+    """What an interpreter says with the code and the data of a folder, and other variables of its environment."""
     environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PROFILE": profile, "OMP_NUM_THREADS": "1"}
     environment.pop("PATCHSAE_HOME", None)
+    environment |= variables
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

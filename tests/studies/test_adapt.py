@@ -13,7 +13,7 @@ from test_maple import CLASSES
 
 from patchsae import ArrayDataset
 from patchsae.clip import Clip
-from patchsae.config import MethodSettings
+from patchsae.config import MethodSettings, load_profile
 from patchsae.data.images import FileDataset
 from patchsae.studies import adapt
 from patchsae.studies.adapt import (
@@ -225,6 +225,56 @@ def test_augmented_images_have_the_models_size_and_follow_the_generator(clip, im
     assert not torch.equal(first, adapt.augmented(clip, image_data, range(4), np.random.default_rng(4)))
 
 
+def test_crops_are_cut_from_the_whole_file_as_pillow_cuts_them(clip, quick, tmp_path):
+    """Pictures twice as wide as high: left, middle and right are of three colours, and a model's crop has one of them.
+    The crops that are learned from are Pillow's of the decoded file, and most of them reach into the margins."""
+    colours = np.zeros((24, 48, 3), np.uint8)
+    colours[:, :8, 0] = colours[:, 8:40, 1] = colours[:, 40:, 2] = 255
+    files = [(tmp_path / f"{label}.png", label) for label in range(5)]
+    for path, label in files:
+        Image.fromarray(colours[:, :48 - label]).save(path)  # of several sizes
+    ds = FileDataset(tmp_path, files, ("cat", "dog", "pig", "owl", "duck"), SIDE)
+    assert set(np.flatnonzero(ds[0].image.reshape(-1, 3).any(0))) == {1}
+    whole = dataclasses.replace(quick.profile.adaptation, augment=True)
+    recipe = Recipe(study_of(dataclasses.replace(quick.profile, adaptation=whole), clip, ds), "nouns", "maple")
+    shots = recipe.shots()
+    assert not shots.from_files and [shots[i].image.shape for i in range(3)] == [(24, 48 - i, 3) for i in range(3)]
+    rows, reached = [0, 1, 2] * 40, 0
+    found, rng = adapt.augmented(clip, shots, rows, np.random.default_rng(5)), np.random.default_rng(5)
+    for pixels, row in zip(found, rows):
+        with Image.open(files[row][0]) as picture:
+            cut = picture.crop(adapt._crop(*picture.size, rng)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        cut = np.asarray(cut)[:, ::-1] if rng.random() < 0.5 else np.asarray(cut)
+        assert torch.equal(pixels, clip.pixels(cut)[0])
+        reached += bool(cut[:, :, [0, 2]].any())
+    assert reached > len(rows) / 3
+    plain = Recipe(study_of(quick.profile, clip, ds), "nouns", "maple")
+    assert adaptation_key(recipe) != adaptation_key(plain) and plain.shots()[1].image.shape == (SIDE, SIDE, 3)
+    assert recipe._replace(method="linear probe").shots()[1].image.shape == (SIDE, SIDE, 3)
+
+
+def test_each_protocol_has_its_settings(clip, quick, task_data):
+    """The published ones: MaPLe's depth, epochs and rate where all classes are learned, CoOp's epochs on ImageNet."""
+    paper = load_profile("paper")
+
+    def of(method, task, classes):
+        recipe = Recipe(study_of(paper, clip, task_data), task, method, 1, classes)
+        return recipe.depth, recipe.settings.epochs, recipe.settings.learning_rate
+
+    assert of("maple", "imagenet", "base") == of("maple", "eurosat", "base") == (9, 5, 0.0035)
+    assert of("maple", "imagenet", "all") == (3, 2, 0.0026)
+    assert [of("coop", *where)[1] for where in (("dtd", "base"), ("imagenet", "base"), ("imagenet", "all"))] == [
+        200, 50, 50]
+    same = Recipe(study_of(load_profile("mini"), clip, task_data), "nouns", "maple", 1)
+    assert (same.depth, same.settings) == (same._replace(classes="all").depth, same._replace(classes="all").settings)
+    settings = dataclasses.replace(quick.profile.maple, own_task_epochs=7, transfer_learning_rate=0.1)
+    other = study_of(dataclasses.replace(quick.profile, maple=settings), clip, task_data)
+    base = Recipe(quick, "words", "maple", 1)
+    assert adaptation_key(base) == adaptation_key(base._replace(study=other))
+    for changed in (base._replace(task="nouns"), base._replace(classes="all")):
+        assert adaptation_key(changed) != adaptation_key(changed._replace(study=other))
+
+
 def test_crops_lie_inside_and_have_the_published_areas():
     rng = np.random.default_rng(0)
     boxes = np.array([adapt._crop(200, 120, rng) for _ in range(500)])
@@ -232,7 +282,9 @@ def test_crops_lie_inside_and_have_the_published_areas():
     area, ratio = width * height / (200 * 120), width / height
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 200 and boxes[:, 3].max() <= 120
     assert 0.07 < area.min() and area.max() <= 1
-    assert 0.7 < ratio.min() and ratio.max() < 1.7  # the whole image where nothing fits
+    assert 0.7 < ratio.min() and ratio.max() < 1.4
+    assert adapt._crop(900, 30, np.random.default_rng(0)) == (430, 0, 470, 30)  # nothing fits: the middle
+    assert adapt._crop(30, 900, np.random.default_rng(0)) == (0, 430, 30, 470)
 
 
 def test_an_unknown_method_is_one_sentence(clip, quick, task_data):

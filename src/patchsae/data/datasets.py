@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from patchsae.config import Profile, resolve
-from patchsae.data.benchmarks import TABLE, missing, on_this_machine, open_benchmark
+from patchsae.data.benchmarks import TABLE, lacking, missing, on_this_machine, open_benchmark
 from patchsae.data.checks import Natural, guard, indices
 from patchsae.data.hashes import file_hashes
 from patchsae.data.images import FileDataset, Images, Item, content_id, images_in, in_turn
@@ -154,22 +154,28 @@ def open_dataset(profile: Profile, task: str, split: Split):
         return SceneDataset(task, split, n)
     size = model_config(profile.model.name).image_size
     if settings.source == "benchmarks":
-        return open_benchmark(profile.data_dir / "images", task, split, n, size)
+        return open_benchmark(profile.data_dir / "images", task, split, n, size, settings.subset)
     root = images_folder(profile, task)
     files, names = split_files(root, split, settings.test_share)
     return FileDataset(root, in_turn(files, n), names, size)
 
 
 def images_there(profile: Profile, task: str) -> bool:
-    """Whether the images of a task are where ``open_dataset`` reads them; of a task that nothing is trained on, those
-    for tests."""
+    """Whether the images of a task are where ``open_dataset`` reads them, of a benchmark all that were published or a
+    subset; of a task that nothing is trained on, those for tests."""
     if profile.data.source == "scenes":
         return True
     if profile.data.source == "benchmarks":
-        return not missing(profile.data_dir / "images", task) or on_this_machine(task)
+        there = not missing(profile.data_dir / "images", task)
+        return not images_lacking(profile, task) if there else on_this_machine(task)
     root, trained = images_folder(profile, task), (profile.data.task, *profile.adaptation.tasks)
     splits = split_folders(root).keys() or ({"train", "test"} if subfolders(root) else set())
     return ({"train", "test"} if task in trained else {"test"}) <= splits
+
+
+def images_lacking(profile: Profile, task: str) -> str:
+    """How the images of a benchmark whose folder is there differ from what was published; "" where they do not."""
+    return lacking(profile.data_dir / "images", task, profile.run_dir / "image_counts.json", profile.data.subset)
 
 
 def images_folder(profile: Profile, task: str) -> Path:

@@ -152,6 +152,10 @@ class Images:
     def __getitem__(self, i: int) -> Item:
         raise NotImplementedError
 
+    def uncropped(self) -> "Images":
+        """The same images as they are in their files, in whatever sizes."""
+        return self
+
     def readable(self, rows) -> Iterator[tuple[int, Item]]:
         """Those of the positions ``rows`` whose image can be read, with the image; the others are noted."""
         for row in np.atleast_1d(indices(rows, len(self), "positions")).tolist():
@@ -196,6 +200,10 @@ class FileDataset(Images):
         path, label = self.files[i]
         return _item(read_image(path, path), label, self.size)
 
+    def uncropped(self) -> "FileDataset":
+        """The same images without the crop."""
+        return FileDataset(self.root, self.files, self.class_names, None, self.label_order)
+
     def identity(self) -> list:
         """What the files hold, not what they are called; one that cannot be read holds nothing."""
         hashes = file_hashes(self.root, [path for path, _ in self.files])
@@ -226,6 +234,10 @@ class HubDataset(Images):
         name = f"{i} ({stored['path'] or self.column})"
         image = read_image(stored["bytes"] or Path(stored["path"]), name)
         return _item(image, int(self.labels[i]), self.size)
+
+    def uncropped(self) -> "HubDataset":
+        """The same images without the crop."""
+        return HubDataset(self.table, self.column, self.labels, self.class_names, None, self.source)
 
     def identity(self) -> list:
         """The revision that the images are of; where none is fixed, what they hold."""

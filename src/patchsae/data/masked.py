@@ -22,7 +22,7 @@ from patchsae.clip import Clip
 from patchsae.config import Profile, resolve
 from patchsae.data.datasets import open_dataset
 from patchsae.data.hashes import file_hashes
-from patchsae.data.images import Crop, FileDataset, Images, Item, content_id, patch_shares, read_image
+from patchsae.data.images import Crop, FileDataset, Images, Item, content_id, in_turn, patch_shares, read_image
 
 #: A pixel without a concept.
 NONE = -1
@@ -214,4 +214,6 @@ def open_masked(profile: Profile, clip: Clip, split: str):
         masks = READERS[folder.name](folder, split)
     else:
         masks = own_masks(folder, open_dataset(profile, profile.data.task, split))
-    return MaskedDataset(folder, masks, clip.image_size, clip.grid)
+    # Classes in turn: a pass over the first images sees all of them.
+    entries = [entry for entry, _ in in_turn([(entry, entry.label) for entry in masks.entries], None)]
+    return MaskedDataset(folder, masks._replace(entries=entries), clip.image_size, clip.grid)

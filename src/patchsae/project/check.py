@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from patchsae.config import ROOT, Profile, device, load_profile, resolve
 from patchsae.data.benchmarks import TABLE, missing, where_from
-from patchsae.data.datasets import images_folder, images_there
+from patchsae.data.datasets import images_folder, images_lacking, images_there
 from patchsae.data.masked import READERS, SOURCE, masks_folder
 from patchsae.fast.memory import device_bytes
 from patchsae.project import plan
@@ -71,7 +71,8 @@ def weights_line(profile: Profile) -> str:
         return "Weights: none"
     known, digest = load_json(noted).get(file.name) if noted.is_file() else None, file_sha256(file)
     if known not in (None, digest):
-        raise ValueError(f"{file} is not what was fetched, its hash has changed; remove it and {profile.model.get}.")
+        raise ValueError(f"{file.resolve()} is not what was fetched, its hash has changed; remove it, and run "
+                         f"{profile.model.get}.")
     return f"Weights: {file.name}, sha256 {digest}, {'verified' if known else 'unverified, no hash of it is known'}"
 
 
@@ -84,10 +85,12 @@ def _images(profile: Profile, task: str) -> Need:
         return Need(f"images of {task} in {profile.short(images_folder(profile, task))}/", there, get, stops)
     row = TABLE[task]
     title, source = f"{row['title']} ({task}), {row['gigabytes']} GB", where_from(task)
-    if "hub" in row:
+    if "hub" in row and missing(profile.data_dir / "images", task):
         return Need(title, there, " or ".join(dict.fromkeys((get, source))), stops)
-    where = next(iter(missing(profile.data_dir / "images", task)), profile.data_dir / "images" / row["folder"])
-    return Need(f"{title}: {profile.short(where)}", there, source, stops)
+    absent, folder = missing(profile.data_dir / "images", task), profile.data_dir / "images" / row["folder"]
+    where = profile.short(absent[0] if absent else folder)
+    differs = "" if absent else images_lacking(profile, task)
+    return Need(f"{title}: {where}{f' ({differs})' if differs else ''}", there, source, stops)
 
 
 # Reports
@@ -101,6 +104,11 @@ def report(profile: Profile) -> str:
     """Everything: what is there, what is missing, this machine, and what each notebook takes."""
     lines = [f"Profile {profile.name}"]
     lines += [f"  {'there  ' if n.there else 'MISSING' if n.stops else 'absent '}  {n.name}" for n in needs(profile)]
+    published = read_tasks(profile) if profile.data.source == "benchmarks" and not profile.data.subset else []
+    classes = {task: TABLE[task]["classes"] for task in published}
+    if few := [f"{task} ({n} classes)" for task, n in classes.items() if n > profile.data.test_images]:
+        lines.append(f"Too few: {profile.data.test_images} test images leave classes of {', '.join(few)} without any; "
+                     "raise test_images under [data].")
     gflops, have = rate(), device_bytes(device()) / 1e9
     lines += [weights_line(profile), f"This machine: {gflops:,.0f} GFLOP/s in float32 and {have:.0f} GB on the "
               f"{device()}, {shutil.disk_usage(ROOT).free / 1e9:.0f} GB of disk are free", "",

@@ -15,9 +15,9 @@ VIT_B16 = (768, 12, 197)
 #: Share of the rate of matrix products that a pass reaches, at least (docs/performance.md).
 SHARE = 0.4
 #: Readings of the images that adaptation is measured on, where they are the profile's own: both towers together, the
-#: autoencoder of the adapted one, and four for the rows of one task that notebook 06 computes.
+#: autoencoder of the adapted one, and four for the rows of one task that notebook 07 computes.
 OF_ADAPTATION = 6
-#: Latents that notebook 07 names at most.
+#: Latents that notebook 09 names at most.
 NAMED = 4096
 
 
@@ -52,11 +52,11 @@ def plan(profile: Profile) -> Iterator[Pass]:
     asked = tuple(_name(p, profile) for p in trained or [profile] if p.seed == profile.seed)
     yield Pass("02 statistics", n, asked, len(asked) * whole / 4)
     if profile.adaptation.tasks and not s.weights:
-        yield Pass("06 training", steps, ("of the adapted tower",), whole, 3 / 4 * whole)
+        yield Pass("07 training", steps, ("of the adapted tower",), whole, 3 / 4 * whole)
     if profile.data.task in profile.adaptation.tasks:
-        yield Pass("06 adaptation", OF_ADAPTATION * min(profile.adaptation.images, n), ("own",), whole / 4)
+        yield Pass("07 adaptation", OF_ADAPTATION * min(profile.adaptation.images, n), ("own",), whole / 4)
     if has_masks(profile):
-        yield Pass("07 naming", k * min(round(s.expansion * width), NAMED, n // k), ("own",), whole / 4)
+        yield Pass("09 naming", k * min(round(s.expansion * width), NAMED, n // k), ("own",), whole / 4)
 
 
 def _name(other: Profile, profile: Profile) -> str:

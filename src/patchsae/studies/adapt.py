@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from patchsae.activations import load_pixels
 from patchsae.clip import Clip, class_prototypes
 from patchsae.config import MethodSettings
-from patchsae.data.datasets import Subset, own_template
+from patchsae.data.datasets import ArrayDataset, Subset, own_template
 from patchsae.data.images import Images
 from patchsae.maple import MaPLe, new_maple
 from patchsae.studies.study import Study
@@ -32,6 +32,8 @@ METHODS = ("maple", "coop", "lora", "linear probe", "fine-tuning")
 UNTRAINED = "untrained prompts"
 #: Raised when training gives other models from the same settings.
 VERSION = 1
+#: What of a method's settings decides its training, once those of its protocol are chosen.
+TRAINED_BY = ("learning_rate", "epochs", "least_steps", "batch_images")
 #: CoOp learns the four words "a photo of a".
 COOP_WORDS = 4
 #: Rate of the first epoch of prompt training, and its momentum and weight decay, as published.
@@ -71,17 +73,35 @@ class Recipe(NamedTuple):
 
     @property
     def settings(self) -> MethodSettings:
-        """The profile's section of the method."""
-        return getattr(self.study.profile, self.method.replace(" ", "_").replace("-", "_"))
+        """The profile's section of the method, with the values for this task and these classes."""
+        profile, transfer = self.study.profile, self.classes == "all"
+        s = getattr(profile, self.method.replace(" ", "_").replace("-", "_"))
+        epochs = s.own_task_epochs if self.task == profile.data.task else 0
+        return dataclasses.replace(s, epochs=(s.transfer_epochs if transfer else 0) or epochs or s.epochs,
+                                   learning_rate=(s.transfer_learning_rate if transfer else 0) or s.learning_rate)
 
-    def shots(self) -> Subset:
-        """The images that are learned from; of those in files, what can be read."""
-        classes = range(len(self.train.class_names)) if self.classes == "all" else halves(self.train)[self.classes]
-        shots = Subset(self.train, classes) if self.images == "all" else few_shots(
-            self.train, classes, self.study.profile.adaptation.shots, self.seed)
+    @property
+    def depth(self) -> int:
+        """Blocks that MaPLe's prompts enter."""
+        s = self.study.profile.adaptation
+        return (s.transfer_depth if self.classes == "all" else 0) or s.depth
+
+    def shots(self) -> Images:
+        """The images that are learned from; of those in files, what can be read, decoded once.
+
+        They are as the model takes them, or whole where training crops them at random: a crop of a crop would never
+        show the margins.
+        """
+        augment = self.study.profile.adaptation.augment and self.method != "linear probe"
+        train = self.train.uncropped() if augment else self.train
+        classes = range(len(train.class_names)) if self.classes == "all" else halves(train)[self.classes]
+        shots = Subset(train, classes) if self.images == "all" else few_shots(
+            train, classes, self.study.profile.adaptation.shots, self.seed)
         if not shots.from_files:
             return shots
-        return Subset(shots, range(len(classes)), [row for row, _ in shots.readable(range(len(shots)))])
+        read = [item for _, item in shots.readable(range(len(shots)))]
+        return ArrayDataset([item.image for item in read], [item.label for item in read], [item.id for item in read],
+                            shots.class_names)
 
 
 def halves(ds) -> dict[str, range]:
@@ -121,12 +141,12 @@ def adapt(recipe: Recipe) -> Adapted:
 def adaptation_key(recipe: Recipe) -> str:
     """What an adapted model is kept under: everything that decides it."""
     s = recipe.study.profile.adaptation
-    shared = {"shots": "all" if recipe.images == "all" else s.shots, "n_prompts": s.n_prompts, "depth": s.depth,
-              "augment": s.augment}
+    shared = {"shots": "all" if recipe.images == "all" else s.shots, "n_prompts": s.n_prompts, "depth": recipe.depth,
+              "augment": s.augment and "whole images"}
     trained = recipe.method not in ("linear probe", "zero-shot", UNTRAINED)
     return result_key(VERSION, clip=recipe.study.clip_key, images=recipe.train.fingerprint(), task=recipe.task,
                       method=recipe.method, seed=recipe.seed, classes=recipe.classes, adaptation=shared,
-                      settings=dataclasses.asdict(recipe.settings) if trained else {})
+                      settings={name: getattr(recipe.settings, name) for name in TRAINED_BY} if trained else {})
 
 
 def kept_folder(recipe: Recipe) -> Path | None:
@@ -177,7 +197,7 @@ def as_adapted(model: MaPLe) -> Adapted:
 def new_prompts(recipe: Recipe, class_names: Sequence[str]) -> MaPLe:
     """Untrained prompts of MaPLe or CoOp, as the profile has them."""
     s, deep = recipe.study.profile.adaptation, recipe.method == "maple"
-    n, depth = (s.n_prompts, s.depth) if deep else (COOP_WORDS, 1)
+    n, depth = (s.n_prompts, recipe.depth) if deep else (COOP_WORDS, 1)
     return new_maple(recipe.study.clip, class_names, n, depth, deep, recipe.seed)
 
 
@@ -224,7 +244,7 @@ def _linear_probe(recipe: Recipe) -> Adapted:
         [known[name] if name in known else feature for name, feature in zip(names, zero_shot(names))]))
 
 
-def _train(recipe: Recipe, tower: Clip, shots: Subset, optimizer, rates: Sequence[float],
+def _train(recipe: Recipe, tower: Clip, shots: Images, optimizer, rates: Sequence[float],
            text_features: Callable[[], torch.Tensor]) -> None:
     """Train for one epoch per rate; of CoOp the tower does not change, so that it runs once per image."""
     augment, fixed = recipe.study.profile.adaptation.augment, recipe.method == "coop"
@@ -265,17 +285,20 @@ def augmented(clip: Clip, ds, rows, rng) -> torch.Tensor:
     size, images = (clip.image_size, clip.image_size), []
     for row in rows:
         image = Image.fromarray(np.asarray(ds[int(row)].image))
-        image = image.resize(size, Image.Resampling.BICUBIC, box=_crop(*image.size, rng))
+        # Cut before it is resized, as published: a box given to resize would let the pixels around it in.
+        image = image.crop(_crop(*image.size, rng)).resize(size, Image.Resampling.BICUBIC)
         images.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
     return clip.pixels(images).to(clip.device)
 
 
-def _crop(width: int, height: int, rng) -> tuple[float, float, float, float]:
-    """A random box of an image; the first of ten that fits, else the whole."""
+def _crop(width: int, height: int, rng) -> tuple[int, int, int, int]:
+    """A random box of an image; the first of ten that fits, else as much of the middle as the ratios allow."""
     for _ in range(10):
         area, ratio = rng.uniform(0.08, 1) * width * height, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return left, top, left + w, top + h
-    return 0, 0, width, height
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
