@@ -331,7 +331,7 @@ def test_the_plan_names_passes_and_who_rides_in_each(monkeypatch):
     paper = load_profile("paper")
     given = dataclasses.replace(paper, sae=dataclasses.replace(paper.sae, weights="out.pt"))
     found = list(plan.plan(paper))
-    assert [p.what for p in found] == ["01 training", "02 statistics", "06 training", "06 adaptation", "07 naming"]
+    assert [p.what for p in found] == ["01 training", "02 statistics", "07 training", "07 adaptation", "09 naming"]
     assert found[0].riders == ("own", "class token", "layer 1", "layer 4", "layer 7", "seed 43")
     assert found[1].riders == found[0].riders[:-1] and found[0].images == (20480 + 8) * 128
     assert found[0].held == 6 * 4 * 4 * 2 * 768 * 49152

@@ -97,7 +97,7 @@ class Recipe(NamedTuple):
         classes = range(len(train.class_names)) if self.classes == "all" else halves(train)[self.classes]
         shots = Subset(train, classes) if self.images == "all" else few_shots(
             train, classes, self.study.profile.adaptation.shots, self.seed)
-        if not shots.from_files:
+        if not shots.from_files or self.images == "all":
             return shots
         read = [item for _, item in shots.readable(range(len(shots)))]
         return ArrayDataset([item.image for item in read], [item.label for item in read], [item.id for item in read],
