@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from patchsae.activations import token_batches, training_rows
+from patchsae.activations import token_batches
 from patchsae.clip import Clip
 from patchsae.data.images import Images
+from patchsae.fast.pools import training_rows
 from patchsae.sae import SparseAutoencoder
 from patchsae.studies.adapt import Adapted
 from patchsae.studies.intervals import bootstrap

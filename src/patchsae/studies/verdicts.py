@@ -160,6 +160,25 @@ def readable_before(tables: Tables) -> Finding:
                    holds=rows["remapped"].mean() > 0.5 and bool((rows["new"] < rows["gain"] / 2).all()))
 
 
+def nothing_new(tables: Tables) -> Finding:
+    """From a few images MaPLe gains less than five points, at the upper end, on tasks that take something new; a
+    caveat where another method does gain there."""
+    rows = tables("08_measures").query("truth == 'new'")
+    maple = rows.query("method == 'maple' and images == 'shots'")
+    found = _over_seeds(maple, 100 * maple["gain"])
+    (method, images), best = max(rows.groupby(["method", "images"])["gain"].mean().items(), key=lambda item: item[1])
+    caveat = f"{method} on {'all images' if images == 'all' else 'as few'} gains {100 * best:.0f}"
+    return Finding(*found, holds=found[2] < GAIN, caveat=caveat if 100 * best > GAIN else "")
+
+
+def ranks_tell(tables: Tables) -> Finding:
+    """Where fine-tuning learned something new more latents enter the first ranks than where it remapped: the interval
+    of the area under the ROC curve lies above one half."""
+    row = tables("verdict_measures").query(
+        "measure == 'latents that enter' and method == 'fine-tuning' and images == 'all'").iloc[0]
+    return Finding(*row[["area", "low", "high"]], holds=row["low"] > 0.5)
+
+
 def fits_the_adapted(tables: Tables) -> Finding:
     """Fewer than five points more than of CLIP; a caveat where it is more at all."""
     rows = tables("07_fidelity")
@@ -226,6 +245,8 @@ CLAIMS = (
     Claim("Hardly a latent enters from beyond the first hundred (a class)", "0.6", "07", latents_that_enter),
     Claim("Who classifies decides, not who selects the latents (points)", "a curve", "07", who_classifies),
     Claim("What is gained was there before (% of the gain)", "argued", "07", readable_before),
+    Claim("Adaptation learns nothing new (MaPLe's points on tasks that are new)", "argued", "08", nothing_new),
+    Claim("Whether top latents stay tells remapping from learning (area under the curve)", "assumed", "08", ranks_tell),
     Claim("CLIP's autoencoder fits the adapted model (points lost more)", "a curve", "07", fits_the_adapted),
     Claim("Latents have concepts that others do not find (points of 100)", "examples", "09", concepts),
     Claim("Low label entropy marks such latents (coefficient)", "a rule", "09", entropy_marks_concepts),
