@@ -339,7 +339,8 @@ def test_tables_are_filled_once_and_read_as_they_are(small, monkeypatch):
     made = truth_sweep.tables(small)
     assert all(table.attrs == {"current": True, "note": ""} for table in made.values())
     assert {name: len(table) for name, table in made.items()} == {
-        "accuracy": 16 * (3 * 3 + 1), "readouts": 8 + 6 * 4, "changes": 1 + 4, "crosscoders": 2, "planted": 3}
+        "accuracy": 16 * (3 * 3 + 1), "readouts": 8 + 6 * 4, "changes": 1 + 4, "planted": 3,
+        "crosscoders": len(truth_sweep.recipes(small)["crosscoders"])}
     columns = ["task", "truth", "method", "images", "seed", "key"]
     assert all(list(made[name].columns[:6]) == columns for name in ("accuracy", "readouts", "changes", "crosscoders"))
     for name in ("accuracy_rows", "latent_rows", "crosscoder_rows", "planted_rows", "adapted_model"):
