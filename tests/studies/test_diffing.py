@@ -656,6 +656,14 @@ def test_a_direction_is_found_from_a_cosine_on(cosine, recall):
     assert np.allclose(found["removed"], recall) and (found.drop("removed") == 1).all()
 
 
+def test_what_counts_is_the_difference_of_the_two_decoder_rows():
+    crosscoder, table, planted = hand_made()
+    with torch.no_grad():
+        crosscoder.W_dec[7, WIDE - 1] = crosscoder.W_dec[7, -1] = 1  # and a share that both towers have
+    found = diffing.detected(crosscoder, table, planted)
+    assert (found["recall"] == 1).all() and (found["false_positives"] == 0).all()
+
+
 def test_where_nothing_was_planted_all_that_is_named_is_false():
     crosscoder, table, _ = hand_made()
     table.loc[3, "relative_norm"], table.loc[[4, 5], "specific"], table.loc[[1, 2, 3], "change"] = 0.6, "", 0

@@ -242,13 +242,23 @@ def test_planted_changes_are_looked_for_and_so_is_nothing(small, monkeypatch):
     concepts = [(kind, name) for kind in ("noun", "colour") for name in CONCEPTS[kind]][:24]
     split = Split(torch.randn(30, 5, 12, generator=torch.Generator().manual_seed(0)),
                   (numbers.random((30, 4, 24)) < 0.4).astype(np.float32), concepts)
-    monkeypatch.setattr(truth_sweep, "read_split", lambda clip, ds, layer, n: split)
+    moved, pairs, trained = split._replace(z=split.z + 1), [], truth_sweep._crosscoder
+
+    def crosscoder(study, before, after, seed, steps):
+        pairs.append((before, after))
+        return trained(study, before, after, seed, steps)
+
+    monkeypatch.setattr(truth_sweep, "_crosscoder", crosscoder)
+    monkeypatch.setattr(truth_sweep, "read_split", lambda tower, *_: split if tower is small.clip else moved)
     table = truth_sweep.planted_rows(small, 1)
     assert set(table.columns) == {"rule", "kind", "recall", "false_positives"}
-    kinds = ["added", "with its concept", "rare", "removed", "nothing"]
+    assert all(before is split.z for before, _ in pairs)
+    assert pairs[0][1] is split.z and pairs[1][1] is moved.z and len(pairs) == 3
+    nulls = ["nothing", UNTRAINED]
+    kinds = ["added", "with its concept", "rare", "removed", *nulls]
     assert Counter(zip(table["rule"], table["kind"])) == Counter(
         (rule, kind) for rule in ("norm", "norm and scaling", "change") for kind in kinds)
-    assert table["recall"].isna().equals(table["kind"] == "nothing")
+    assert table["recall"].isna().equals(table["kind"].isin(nulls))
     assert table["false_positives"].between(0, 1).all()
     pd.testing.assert_frame_equal(truth_sweep.planted_rows(small, 1), table)
 
@@ -329,7 +339,8 @@ def test_tables_are_filled_once_and_read_as_they_are(small, monkeypatch):
     made = truth_sweep.tables(small)
     assert all(table.attrs == {"current": True, "note": ""} for table in made.values())
     assert {name: len(table) for name, table in made.items()} == {
-        "accuracy": 16 * (3 * 3 + 1), "readouts": 8 + 6 * 4, "changes": 1 + 4, "crosscoders": 2, "planted": 3}
+        "accuracy": 16 * (3 * 3 + 1), "readouts": 8 + 6 * 4, "changes": 1 + 4, "planted": 3,
+        "crosscoders": len(truth_sweep.recipes(small)["crosscoders"])}
     columns = ["task", "truth", "method", "images", "seed", "key"]
     assert all(list(made[name].columns[:6]) == columns for name in ("accuracy", "readouts", "changes", "crosscoders"))
     for name in ("accuracy_rows", "latent_rows", "crosscoder_rows", "planted_rows", "adapted_model"):
