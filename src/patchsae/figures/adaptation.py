@@ -47,7 +47,8 @@ def truth_dots(table: pd.DataFrame, column: str) -> Figure:
     order = [truth for truth in TRUTHS if truth in set(table["truth"])]
     table = pd.concat([table[table["truth"] == truth] for truth in order])
     named = table["task"] + ": " + table["truth"].map(TRUTHS)
-    return _task_dots(table.assign(task=named), column, "images", {"shots": "a few a class", "all": "all images"})
+    titles = {"shots": "a few images a class", "all": "all images"}
+    return _task_dots(table.assign(task=named), column, "images", titles)
 
 
 def _task_dots(table: pd.DataFrame, column: str, by: str, titles: Mapping[str, str]) -> Figure:
