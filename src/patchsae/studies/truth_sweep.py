@@ -40,8 +40,8 @@ COMPARED = (("maple", "shots"), ("lora", "all"), ("fine-tuning", "all"))
 WITH_ALL = ("maple", "lora", "linear probe", "fine-tuning")
 #: Share of the training steps of CLIP's autoencoder that are added to adapt it to another tower or other images.
 STAGE = 0.05
-#: Seeds of planted changes, others than those that the crosscoder's settings were found with, and steps more.
-PLANTED, LONGER = (11, 12, 13), 3
+#: Seeds of planted changes, others than those that the crosscoder's settings were found with, and training steps there.
+PLANTED, PLANTED_STEPS = (11, 12, 13), 3000
 #: Ranks that end "high" and begin "low", as shares of the dictionary.
 HIGH, LOW = 0.045, 0.45
 #: Of a crosscoder: latents and active latents for one of the autoencoder's, and training steps.
@@ -215,10 +215,10 @@ def planted_rows(study: Study, seed: int) -> pd.DataFrame:
     beside = {"nothing": split.z, UNTRAINED: read_split(untrained, study.train, study.layer, len(split.z)).z}
     changed, rows = diffing.plant(study.sae, split.z, split.positives, seed), []
     for kind, after in beside.items():
-        crosscoder = _crosscoder(study, split.z, after, seed, STEPS)
+        crosscoder = _crosscoder(study, split.z, after, seed, PLANTED_STEPS)
         found = diffing.crosscoder_latents(crosscoder, split.z, after)
         rows.append(diffing.detected(crosscoder, found).assign(kind=kind))
-    crosscoder = _crosscoder(study, split.z, changed.after, seed, LONGER * STEPS)
+    crosscoder = _crosscoder(study, split.z, changed.after, seed, PLANTED_STEPS)
     found = diffing.crosscoder_latents(crosscoder, split.z, changed.after)
     return pd.concat([*rows, diffing.detected(crosscoder, found, changed)])
 
