@@ -227,6 +227,7 @@ def has_masks(profile: Profile) -> bool:
     return profile.data.source == "scenes" or masks_folder(profile) is not None
 
 
+@torch.enable_grad()  # also for an autoencoder that is first asked for where no gradients are wanted
 def _train(profiles: list[Profile], clip: Clip, ds: Images) -> tuple[SparseAutoencoder, pd.DataFrame]:
     """Train autoencoders in their run folders; what the first of them gives."""
     groups = passes(profiles, clip.width, clip.device)
