@@ -42,6 +42,8 @@ def scaled(column: str, factor: float):
     ("Who classifies", "07_masking_base", {"accuracy": lambda t: 0.5 + 0.4 * (t["selects"] == "adapted")}),
     ("What is gained", "07_remapping", {"remapped": scaled("remapped", 0.2)}),
     ("What is gained", "07_remapping", {"new": scaled("gain", 0.8)}),
+    ("Adaptation learns nothing new", "08_measures", {"gain": lambda t: t["gain"] + 0.1}),
+    ("Whether top latents", "verdict_measures", {"low": scaled("low", 0.5)}),
     ("CLIP's autoencoder", "07_fidelity",
      {"accuracy_spliced": lambda t: t["accuracy_spliced"] - 0.1 * (t["method"] == "maple")}),
     ("Latents have concepts", "09_recovery", {"minus_low": scaled("minus_low", -1)}),

@@ -7,7 +7,7 @@ from patchsae.figures import pretraining_curves
 from patchsae.project.ask import agreed
 from patchsae.project.check import needs
 from patchsae.project.stamps import STAMPS, estimate, rate, size
-from patchsae.studies import adaptation_sweep, recovery_sweep, sweep, truths
+from patchsae.studies import adaptation_sweep, recovery_sweep, sweep, truth_sweep, truths
 from patchsae.studies.study import Study, open_study
 from patchsae.world import pretrain
 
@@ -40,7 +40,7 @@ def run(name: str | None, yes: bool = False) -> str:
             f"hours {where}, and many adapted models; what is there is not made again, and what is cut goes on. "
             "Start?"):
         return "Nothing was made."
-    for room in (truths, sweep, adaptation_sweep, recovery_sweep):
+    for room in (truths, sweep, adaptation_sweep, truth_sweep, recovery_sweep):
         room.run(study)
     return f"The tables of the profile {study.profile.name} are in {study.profile.short(study.profile.data_dir)}/"
 

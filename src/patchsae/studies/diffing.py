@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from patchsae.activations import token_batches
 from patchsae.clip import Clip
+from patchsae.config import SaeSettings
 from patchsae.data.images import Images
 from patchsae.fast.pools import training_rows
 from patchsae.sae import SparseAutoencoder
@@ -69,7 +70,7 @@ def change_left_out(sae: SparseAutoencoder, before: torch.Tensor, after: torch.T
     return {"R": float(np.divide(*sums.sum(0))), "low": float(ends[0][0]), "high": float(ends[1][0])}
 
 
-def continued(sae: SparseAutoencoder, z: torch.Tensor, settings, steps: int) -> SparseAutoencoder:
+def continued(sae: SparseAutoencoder, z: torch.Tensor, settings: SaeSettings, steps: int) -> SparseAutoencoder:
     """An autoencoder trained for so many more steps of the profile's [sae] ``settings``, on tokens ``[N,T,D]``."""
     training = Training(copy.deepcopy(sae).requires_grad_(True), settings.learning_rate, settings.l1, steps // 10,
                         settings.dead_after, settings.ghost)
@@ -140,10 +141,9 @@ def crosscoder_latents(crosscoder: Crosscoder, before: torch.Tensor, after: torc
     """
     pair, rows = torch.cat([before, after], -1).flatten(0, 1), crosscoder.decoders()
     f = crosscoder.encode(pair)
-    told = (crosscoder.decode(f) - crosscoder.b_dec).chunk(2, 1)
-    errors = (pair - crosscoder(pair)).chunk(2, 1)
-    left = [e.T @ f + f.square().sum(0) * d.T for e, d in zip(errors, rows)]
-    told = [t.T @ f for t in told]
+    z_hat = crosscoder.decode(f)
+    left = [error.T @ f + f.square().sum(0) * d.T for error, d in zip((pair - z_hat).chunk(2, 1), rows)]
+    told = [part.T @ f for part in (z_hat - crosscoder.b_dec).chunk(2, 1)]
     lengths = torch.stack([d.norm(dim=1) for d in rows])
     relative = (1 + (lengths[1] - lengths[0]) / lengths.amax(0)) / 2
     longer = (lengths[1] > lengths[0]).long()

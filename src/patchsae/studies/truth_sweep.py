@@ -212,15 +212,15 @@ def planted_rows(study: Study, seed: int) -> pd.DataFrame:
     """
     split = read_split(study.clip, study.train, study.layer, study.profile.adaptation.images)
     untrained = adapted_model(Recipe(study, study.profile.data.task, UNTRAINED, seed)).tower
-    beside = {"nothing": split.z, UNTRAINED: read_split(untrained, study.train, study.layer, len(split.z)).z}
     changed, rows = diffing.plant(study.sae, split.z, split.positives, seed), []
+    beside = {"nothing": split.z, UNTRAINED: read_split(untrained, study.train, study.layer, len(split.z)).z,
+              "planted": changed.after}
     for kind, after in beside.items():
         crosscoder = _crosscoder(study, split.z, after, seed, PLANTED_STEPS)
-        found = diffing.crosscoder_latents(crosscoder, split.z, after)
-        rows.append(diffing.detected(crosscoder, found).assign(kind=kind))
-    crosscoder = _crosscoder(study, split.z, changed.after, seed, PLANTED_STEPS)
-    found = diffing.crosscoder_latents(crosscoder, split.z, changed.after)
-    return pd.concat([*rows, diffing.detected(crosscoder, found, changed)])
+        latents = diffing.crosscoder_latents(crosscoder, split.z, after)
+        rows.append(diffing.detected(crosscoder, latents, changed) if kind == "planted" else
+                    diffing.detected(crosscoder, latents).assign(kind=kind))
+    return pd.concat(rows)
 
 
 # Tables -------------------------------------------------------------------------------------------------
